@@ -1,0 +1,88 @@
+"""What passes between stages: a batch of samples as columns.
+
+A `Batch` is a dict of equally long numpy columns, one entry a sample. Text and nested values are `object` columns (nested
+ones hold JSON, so that no Arrow type ever depends on the data); tensors are dense arrays whose first axis is the sample.
+All samples of a batch share generator, height, width and num_frames.
+
+Columns that a planned sample starts with:
+
+    sample_id, noise_key, prompt_id, source_prompt, prompt, negative_prompt, licence: str
+    inputs: str, JSON list of {role, uri, sha256, start, end};   tags: str, JSON list;   extra: str, JSON object
+    sample_index, seed, height, width, num_frames, attempt, generator (its index in the spec): int64;   fps: float64
+    error_type, error, error_stage: str, empty while the sample is well
+
+and that stages add:
+
+    cond.<name>   EncodeText: prompt_embeds and what else the family wants, float32 or bfloat16 bits as float32
+    latents       SampleLatents: [n, channels, frames, height, width] (images: no frames axis), float32;   nfe: int64
+    frames        DecodeLatents: [n, num_frames, height, width, 3], uint8
+    scores        ScoreMedia, JudgeQuality: JSON list of {name, value}
+    verdict       'accepted' or 'rejected';   reasons: JSON list of str
+    captions      CaptionMedia: JSON list of {style, language, scene, text, model};   caption: str, the first of them
+    cost          the stage actor: JSON list of {stage, accelerator_seconds, cpu_seconds}
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+
+
+class Stage(Protocol):
+    """One step of a sample's way: a frozen dataclass of settings, called with a batch, returning it with more columns.
+
+    It never sees a failed sample and never drops one. It marks a sample as failed by filling `error_type` and `error`;
+    what it raises is the whole batch's trouble, and its actor then finds the culprit.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]]
+    adds: ClassVar[tuple[str, ...]]
+    skips_rejected: ClassVar[bool]
+
+    def load(self) -> None:
+        """Load what the stage computes with, once for each process; calling it again costs nothing."""
+
+    def __call__(self, batch: Batch) -> Batch: ...
+
+
+class WorldFault(Exception):
+    """Nobody's sample is to blame (storage is down, no memory is left): the batch is to be tried again as it is."""
+
+
+class SampleError(Exception):
+    """The sample is to blame. `error_type` is a short snake_case name that users filter failures by."""
+
+    def __init__(self, error_type: str, message: str) -> None:
+        super().__init__(message)
+        self.error_type = error_type
+
+
+def size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def take(batch: Batch, index: np.ndarray) -> Batch:
+    """The samples at `index` (an integer or boolean array), in that order."""
+    return {name: column[index] for name, column in batch.items()}
+
+
+def texts(values: list[str]) -> np.ndarray:
+    """A text column. numpy would make a fixed-width one, which truncates on assignment."""
+    column = np.empty(len(values), dtype=object)
+    column[:] = values
+    return column
+
+
+def jsons(values: list[Any]) -> np.ndarray:
+    """A column of nested values, as JSON."""
+    return texts([json.dumps(value, ensure_ascii=False) for value in values])
+
+
+def load_json(column: np.ndarray) -> list[Any]:
+    """The values of a JSON column; an empty text is an empty list."""
+    return [json.loads(value) if value else [] for value in column]
