@@ -231,7 +231,6 @@ class Output(_Section):
 
     uri: str = Field("out/dataset", description="Folder or fsspec URL of the dataset's root.")
     commit_every: float = Field(60, gt=0, description="Seconds between commits; a run also commits when it ends.")
-    samples_per_shard: int = Field(64, ge=1, description="Most samples in one tar and part; never less than one batch.")
     keep_rejected: Literal["preview", "latents", "media", "none"] = Field(
         "preview", description="What is kept of rejected samples, so that they can be seen and judged again."
     )

@@ -1,0 +1,113 @@
+"""Where a dataset's bytes are: a root on any fsspec filesystem, local by default, S3 through s3fs.
+
+Everything is named relative to the root. Local files are written under a temporary name and renamed, so that a name that
+exists is whole; object stores give the same by themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A dataset's root. Frozen and picklable: a worker opens its own connections. Credentials come from the environment."""
+
+    root: str
+    endpoint_url: str | None = None
+    region: str | None = None
+    allow_http: bool = False
+
+    @cached_property
+    def fs(self) -> AbstractFileSystem:
+        import fsspec
+
+        if not self.is_s3:
+            return fsspec.filesystem(self.protocol)
+        client: dict[str, Any] = {}
+        if self.region:
+            client["region_name"] = self.region
+        return fsspec.filesystem("s3", endpoint_url=self.endpoint_url, client_kwargs=client, use_listings_cache=False)
+
+    @property
+    def protocol(self) -> str:
+        return self.root.split("://", 1)[0] if "://" in self.root else "file"
+
+    @property
+    def is_s3(self) -> bool:
+        return self.protocol in ("s3", "s3a")
+
+    @property
+    def is_local(self) -> bool:
+        return self.protocol == "file"
+
+    def path(self, name: str = "") -> str:
+        """`name` as the filesystem wants it."""
+        root = self.root.split("://", 1)[1] if "://" in self.root else self.root
+        return posixpath.join(root, name) if name else root
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        path = self.path(name)
+        if not self.is_local:
+            self.fs.pipe_file(path, data)
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
+        temporary = f"{path}.{uuid4().hex[:8]}.tmp"
+        try:
+            with open(temporary, "wb") as file:  # noqa: PTH123
+                file.write(data)
+            os.replace(temporary, path)  # noqa: PTH105
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def read_bytes(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        return bytes(self.fs.cat_file(self.path(name), start=start, end=end))
+
+    def exists(self, name: str) -> bool:
+        return bool(self.fs.exists(self.path(name)))
+
+    def size(self, name: str) -> int:
+        return int(self.fs.size(self.path(name)))
+
+    def delete(self, name: str) -> None:
+        self.fs.rm_file(self.path(name))
+
+    def files(self, folder: str = "", recursive: bool = True) -> Iterator[str]:
+        """Names of the files below `folder`, relative to the root; none where there is no such folder."""
+        base = self.path(folder)
+        try:
+            found = self.fs.find(base, maxdepth=None if recursive else 1)
+        except FileNotFoundError:
+            return
+        prefix = self.fs._strip_protocol(self.path()).rstrip("/") + "/"
+        for path in found:
+            yield str(path).removeprefix(prefix)
+
+    @property
+    def delta_options(self) -> dict[str, str]:
+        """What deltalake needs to reach the same place."""
+        if not self.is_s3:
+            return {}
+        options = {"conditional_put": "etag"}
+        if self.endpoint_url:
+            options["aws_endpoint_url"] = self.endpoint_url
+            options["aws_virtual_hosted_style_request"] = "false"
+        if self.region:
+            options["aws_region"] = self.region
+        if self.allow_http:
+            options["aws_allow_http"] = "true"
+        return options
+
+    def delta_uri(self, table: str) -> str:
+        return f"s3://{self.path(table)}" if self.is_s3 else self.path(table)
