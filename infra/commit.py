@@ -1,0 +1,173 @@
+"""Exactly-once appends: every commit is a compare-and-swap, and the first commit of a key wins.
+
+Delta's own append never conflicts, accepts a repeated application transaction and even a missing file. So a committer looks
+at the versions it has not seen, drops rows whose key they brought (rewriting the part), and commits with no retry of
+Delta's own; when somebody was quicker it looks again. What no transaction refers to does not exist, so a committer that
+dies leaves nothing but files to sweep.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.schema import KEYS
+from infra.storage import Storage
+from infra.tables import Table
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+RUN = "ditmill.run_id"
+FENCE = "ditmill.fence"
+MAX_ROUNDS = 100
+
+Key = tuple[Any, ...]
+
+
+class FencedError(Exception):
+    """Another run took this one for dead and swept its uncommitted files: it must end, and can be started again."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A closed Parquet file under a table's folder that no transaction refers to yet."""
+
+    path: str
+    nbytes: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What a commit did: rows that now exist, and rows dropped because their key was already committed."""
+
+    version: int
+    rows: int
+    dropped: int
+
+
+def write_part(storage: Storage, path: str, rows: pa.Table) -> Part:
+    """Write `rows` as a Parquet file that can be committed later."""
+    sink = io.BytesIO()
+    pq.write_table(rows, sink, compression="zstd")
+    data = sink.getvalue()
+    storage.write_bytes(path, data)
+    return Part(path, len(data), rows.num_rows)
+
+
+class Committer:
+    """Appends to one table for one run.
+
+    Open it before reading what the table holds: rows committed later than its opening are found by it, earlier ones are
+    the reader's to leave out.
+    """
+
+    def __init__(self, table: Table, run_id: str) -> None:
+        self.table = table
+        self.run_id = run_id
+        self._handle: DeltaTable = table.ensure()
+        self._seen: int = self._handle.version()
+        self._taken: set[Key] = set()
+        self._ours: set[str] = set()
+
+    def commit(self, parts: list[Part]) -> Committed:
+        """Append `parts` in one transaction. Safe to call again with parts that may have been committed before."""
+        from deltalake.exceptions import CommitFailedError, DeltaError
+
+        rows = sum(part.rows for part in parts)
+        already: list[Part] = []
+        for attempt in range(MAX_ROUNDS):
+            self._look()
+            done = [part for part in parts if part.path in self._ours]
+            already += done
+            parts = [kept for part in parts if part not in done and (kept := self._without_taken(part)) is not None]
+            if not parts:
+                break
+            try:
+                _append(self._handle, parts, {RUN: self.run_id})
+            except CommitFailedError:
+                time.sleep(min(1.0, 0.01 * 2**attempt))
+                continue
+            except (DeltaError, OSError):
+                # The answer may have been lost after the commit was made: look before deciding.
+                self._look()
+                if not all(part.path in self._ours for part in parts):
+                    raise
+            break
+        else:
+            raise TimeoutError(f"{self.table.name}: {MAX_ROUNDS} commits in a row were overtaken by other writers")
+        kept = sum(part.rows for part in already + parts)
+        return Committed(self._handle.version(), kept, rows - kept)
+
+    def _look(self) -> None:
+        """Take in the versions since the last look."""
+        self._handle.update_incremental()
+        latest = self._handle.version()
+        for commit in self.table.commits_since(self._seen, latest):
+            if commit.metadata.get(FENCE) == self.run_id:
+                raise FencedError(
+                    f"run {self.run_id} was taken for dead and its uncommitted files were removed; run the command again"
+                )
+            if commit.metadata.get(RUN) == self.run_id:
+                self._ours.update(commit.added)
+            elif commit.added:
+                self._taken.update(_keys(self.table, list(commit.added)))
+        self._seen = latest
+
+    def _without_taken(self, part: Part) -> Part | None:
+        """The part without rows whose key is committed: itself where there are none, None where nothing is left."""
+        if not self._taken:
+            return part
+        rows = pq.read_table(io.BytesIO(self.table.storage.read_bytes(part.path)), schema=self.table.schema)
+        names = KEYS[self.table.name]
+        keep = [key not in self._taken for key in zip(*(rows[name].to_pylist() for name in names), strict=True)]
+        if all(keep):
+            return part
+        left = rows.filter(pa.array(keep))
+        if left.num_rows == 0:
+            return None
+        stem = part.path.removesuffix(".parquet")
+        return write_part(self.table.storage, f"{stem}-v{self._seen}.parquet", left)
+
+
+def _keys(table: Table, files: list[str]) -> set[Key]:
+    names = list(KEYS[table.name])
+    rows = table.dataset(files).to_table(columns=names)
+    return set(zip(*(rows[name].to_pylist() for name in names), strict=True))
+
+
+def _append(handle: DeltaTable, parts: list[Part], metadata: dict[str, Any]) -> None:
+    from deltalake import CommitProperties
+    from deltalake.transaction import AddAction
+
+    now = int(time.time() * 1000)
+    actions = [
+        AddAction(part.path.rsplit("/", 1)[-1], part.nbytes, {}, now, True, json.dumps({"numRecords": part.rows}))
+        for part in parts
+    ]
+    handle.create_write_transaction(
+        actions, "append", handle.schema(), commit_properties=CommitProperties(metadata, max_commit_retries=0)
+    )
+
+
+def fence(table: Table, run_id: str) -> None:
+    """Make sure that nothing `run_id` wrote so far can be committed to this table any more."""
+    from deltalake.exceptions import CommitFailedError
+
+    for attempt in range(MAX_ROUNDS):
+        handle = table.handle()
+        if handle is None:
+            return
+        try:
+            _append(handle, [], {FENCE: run_id})
+            return
+        except CommitFailedError:
+            time.sleep(min(1.0, 0.01 * 2**attempt))
+    raise TimeoutError(f"{table.name}: could not fence {run_id}; other writers were always quicker")

@@ -1,0 +1,93 @@
+"""Writes requirements.lock and requirements-test.lock: every version that the core and the tests install, for each Python.
+
+    python -m infra.lock python3.11 python3.12
+
+pip resolves `pyproject.toml` once for each interpreter; where they differ, a line carries an environment marker. torch is
+resolved as its CPU build and named without a build, so that the same lock serves machines with and without a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+Versions = dict[str, str]
+"""Package name -> exact version."""
+
+TORCH_REQUIRES = (
+    "filelock",
+    "fsspec>=0.8.5",
+    "jinja2",
+    "networkx>=2.5.1",
+    "setuptools>=77.0.3",
+    "sympy>=1.13.3",
+    "typing-extensions>=4.10.0",
+)
+"""What the CPU build of torch 2.13 requires, on every Python."""
+
+
+def main(interpreters: list[str]) -> None:
+    """Resolve for `interpreters` (names or paths, oldest Python first) and write both files into the working directory."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
+    core_roots = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    test_roots = project["project"]["optional-dependencies"]["test"]
+    core: dict[str, Versions] = {}
+    test: dict[str, Versions] = {}
+    for interpreter in interpreters:
+        version = _run([interpreter, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).strip()
+        core[version] = resolve(interpreter, core_roots, {})
+        everything = resolve(interpreter, [*core_roots, *test_roots], core[version])
+        test[version] = {name: number for name, number in everything.items() if name not in core[version]}
+    Path("requirements.lock").write_text(render(core, "What ditmill runs on"), encoding="utf-8")
+    Path("requirements-test.lock").write_text(render(test, "What its tests need besides"), encoding="utf-8")
+
+
+def resolve(interpreter: str, requirements: list[str], pinned: Versions) -> Versions:
+    """What pip would install for `requirements` into an empty environment of `interpreter`, holding to `pinned`."""
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder, "constraints.txt")
+        constraints.write_text("".join(f"{name}=={version}\n" for name, version in pinned.items()), encoding="utf-8")
+        report = Path(folder, "report.json")
+        _stand_in_for_torch(Path(folder), requirements)
+        command = [sys.executable, "-m", "pip", "--python", interpreter, "install", "--quiet", "--dry-run"]
+        command += ["--ignore-installed", "--only-binary=:all:", "--find-links", folder, "--constraint", str(constraints)]
+        _run([*command, "--report", str(report), *requirements])
+        found = json.loads(report.read_text(encoding="utf-8"))["install"]
+    named = {item["metadata"]["name"].lower().replace("_", "-").replace(".", "-"): item["metadata"]["version"] for item in found}
+    return {name: version.partition("+")[0] for name, version in sorted(named.items())}
+
+
+def render(found: dict[str, Versions], title: str) -> str:
+    """The lines of a lock file. A package that not every Python has, or has in the same version, carries a marker."""
+    lines = [f"# {title}; Python {' and '.join(found)}. Written by `make lock`."]
+    for name in sorted({name for versions in found.values() for name in versions}):
+        numbers = {python: versions[name] for python, versions in found.items() if name in versions}
+        if len(numbers) == len(found) and len(set(numbers.values())) == 1:
+            lines.append(f"{name}=={next(iter(numbers.values()))}")
+        else:
+            lines += [f'{name}=={number} ; python_version == "{python}"' for python, number in numbers.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _stand_in_for_torch(folder: Path, requirements: list[str]) -> None:
+    """A wheel with torch's name and requirements and nothing else: half a gigabyte need not move to resolve the rest."""
+    version = next(item.split("==")[1] for item in requirements if item.startswith("torch==")) + "+cpu"
+    info = f"torch-{version}.dist-info"
+    metadata = [f"Metadata-Version: 2.1\nName: torch\nVersion: {version}", *(f"Requires-Dist: {item}" for item in TORCH_REQUIRES)]
+    with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", "\n".join(metadata) + "\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: ditmill\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["python3.11", "python3.12"])
