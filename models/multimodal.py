@@ -1,0 +1,160 @@
+"""Judging and captioning by a multimodal model of transformers, in process.
+
+A clip is shown as a series of images, which every image-text-to-text family takes; the frames come first in the
+conversation and the question last, so that all questions about a clip share a prefix.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra.errors import UserError
+from models.placement import device_of, dtype_of, quiet
+
+if TYPE_CHECKING:
+    import torch
+
+TOKENS_PER_FORWARD = 32768
+"""Most padded tokens in one forward pass: what bounds memory, whatever the batch."""
+
+
+@dataclass(frozen=True)
+class MultimodalRef:
+    """Which model: picklable, and the key under which a process keeps it loaded."""
+
+    path: str  # local folder in transformers' checkpoint format
+    dtype: str = "auto"  # bfloat16 on an accelerator, float32 on a CPU
+    device: str = "auto"
+    revision: str | None = None
+
+
+@functools.cache
+def load_multimodal(ref: MultimodalRef) -> Multimodal:
+    """The model of `ref`, loaded once for each process. Raises UserError where the folder holds no such model."""
+    return Multimodal(ref)
+
+
+def evenly_spaced(frames: np.ndarray, num_frames: int) -> np.ndarray:
+    """At most `num_frames` frames of clips [n, T, H, W, 3], evenly spaced, the first and the last among them."""
+    total = frames.shape[1]
+    if total <= num_frames:
+        return frames
+    return frames[:, np.linspace(0, total - 1, num_frames).round().astype(int)]
+
+
+class Multimodal:
+    """A loaded model. Answers for a clip do not depend on the clips beside it, beyond float tolerance."""
+
+    def __init__(self, ref: MultimodalRef) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.ref = ref
+        self.device = device_of(ref.device)
+        with quiet():
+            try:
+                self.processor = AutoProcessor.from_pretrained(ref.path)
+                model = AutoModelForImageTextToText.from_pretrained(ref.path, dtype=dtype_of(ref.dtype, self.device))
+            except Exception as error:
+                raise UserError(
+                    f"{ref.path}: cannot be loaded as a multimodal model ({type(error).__name__}: {_line(error)}); "
+                    "expected a checkpoint that transformers' AutoModelForImageTextToText takes"
+                ) from error
+        self.model = model.to(self.device).eval()
+        self.tokenizer = self.processor.tokenizer
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self._yes, self._no = self._answers("Yes"), self._answers("No")
+        self._control = [token for token in self.tokenizer.get_added_vocab() if token.strip()]
+
+    def p_yes(self, frames: np.ndarray, questions: list[list[str]]) -> np.ndarray:
+        """The probability of "Yes" over "Yes" and "No" at the first position of the answer.
+
+        `frames` is uint8 [n, T, H, W, 3] (images: T = 1), `questions` holds q texts for each clip. Returns float32 [n, q];
+        NaN where the model's logits are not finite.
+        """
+        import torch
+
+        answers = [torch.empty(0, 2)]
+        for inputs in self._batches(frames, questions, max_new_tokens=1):
+            logits = self._generate(inputs, 1, output_logits=True, return_dict_in_generate=True).logits[0].float()
+            pair = [torch.logsumexp(logits[:, tokens], dim=-1) for tokens in (self._yes, self._no)]
+            answers.append(torch.stack(pair, dim=-1).cpu())
+        probabilities = torch.softmax(torch.cat(answers), dim=-1)[:, 0]
+        return probabilities.numpy().astype(np.float32).reshape(len(frames), -1)
+
+    def caption(self, frames: np.ndarray, instructions: list[str], max_new_tokens: int) -> list[list[str]]:
+        """Greedy answers to each instruction, for each clip: n lists of len(instructions) texts.
+
+        `frames` is uint8 [n, T, H, W, 3].
+        """
+        texts: list[str] = []
+        for inputs in self._batches(frames, [instructions] * len(frames), max_new_tokens):
+            tokens = self._generate(inputs, max_new_tokens)[:, inputs["input_ids"].shape[1] :]
+            decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            texts.extend(" ".join(text.split()) for text in decoded)
+        width = len(instructions)
+        return [texts[start : start + width] for start in range(0, len(texts), width)]
+
+    def _generate(self, inputs: Any, max_new_tokens: int, **options: Any) -> Any:
+        import torch
+
+        with torch.inference_mode():
+            return self.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **options,
+            )
+
+    def _batches(self, frames: np.ndarray, texts: list[list[str]], max_new_tokens: int) -> Iterator[Any]:
+        """Model inputs of (clip, text) pairs, in order, as many at once as `TOKENS_PER_FORWARD` allows."""
+        pairs = [(clip, text) for clip, row in zip(frames, texts, strict=True) for text in row]
+        if not pairs:
+            return
+        longest = max(pairs, key=lambda pair: len(pair[1]))
+        tokens = self._inputs([longest])["input_ids"].shape[1] + max_new_tokens
+        rows = max(1, TOKENS_PER_FORWARD // tokens)
+        for start in range(0, len(pairs), rows):
+            yield self._inputs(pairs[start : start + rows])
+
+    def _inputs(self, pairs: list[tuple[np.ndarray, str]]) -> Any:
+        from PIL import Image
+
+        images = [[Image.fromarray(frame) for frame in clip] for clip, _ in pairs]
+        prompts = [self._prompt(len(clip), text) for clip, text in pairs]
+        inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt")
+        return inputs.to(self.device, dtype=self.model.dtype)
+
+    def _prompt(self, num_images: int, text: str) -> str:
+        for token in self._control:  # a prompt that spells a control token must not open a turn or an image
+            text = text.replace(token, " ")
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+        conversation = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+
+    def _answers(self, word: str) -> torch.Tensor:
+        """Ids of the single tokens that spell `word`, with and without a space before it."""
+        import torch
+
+        spelled = [self.tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")]
+        single = sorted({tokens[-1] for tokens in spelled if len(tokens) == 1})
+        if not single:
+            raise UserError(
+                f"{self.ref.path}: its tokenizer has no single token for {word!r}; a judge needs Yes and No"
+            )
+        return torch.tensor(single, device=self.device)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,59 @@
+"""CaptionMedia: what an accepted sample shows, in words, in several styles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from models.multimodal import MultimodalRef, evenly_spaced, load_multimodal
+from stages.batch import Batch, jsons, texts
+
+INSTRUCTIONS = {
+    "short": "Describe this {media} in one sentence.",
+    "dense": (
+        "Describe this {media} in full detail: every object, its colours, shape, size and position, how it moves, "
+        "the background, the light and the camera."
+    ),
+}
+"""What the model is asked for each style."""
+
+
+@dataclass(frozen=True)
+class CaptionMedia:
+    """Captions what was accepted. Reads `frames`; adds `captions` and `caption`, the text of the first style."""
+
+    model: MultimodalRef
+    styles: tuple[str, ...] = ("short", "dense")
+    max_new_tokens: int = 96
+    num_frames: int = 8
+    threads: int = 1
+    label: str = ""  # the model as the spec names it, recorded with each caption
+
+    name: ClassVar[str] = "CaptionMedia"
+    reads: ClassVar[tuple[str, ...]] = ("frames",)
+    adds: ClassVar[tuple[str, ...]] = ("captions", "caption")
+    skips_rejected: ClassVar[bool] = True
+
+    def load(self) -> None:
+        import torch
+
+        torch.set_num_threads(self.threads)
+        load_multimodal(self.model)
+
+    def __call__(self, batch: Batch) -> Batch:
+        media = "video" if batch["frames"].shape[1] > 1 else "image"
+        instructions = [INSTRUCTIONS[style].format(media=media) for style in self.styles]
+        frames = evenly_spaced(batch["frames"], self.num_frames)
+        answers = load_multimodal(self.model).caption(frames, instructions, self.max_new_tokens)
+        label = self.label or self.model.path
+        captions = [
+            [
+                {"style": style, "language": "en", "scene": 0, "text": text, "model": label}
+                for style, text in zip(self.styles, answer, strict=True)
+            ]
+            for answer in answers
+        ]
+        return batch | {
+            "captions": jsons(captions),
+            "caption": texts([answer[0] if answer else "" for answer in answers]),
+        }
