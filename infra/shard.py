@@ -1,0 +1,88 @@
+"""The bytes of a media shard: a WebDataset tar, and the safetensors in it. The same members give the same bytes.
+
+Each member is one header made from a zeroed TarInfo and its data, so that the offset of the data is known as it is
+written and neither clock nor user enters the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from typing import Any
+
+import numpy as np
+
+BLOCK = tarfile.BLOCKSIZE
+MEMBER = re.compile(r"[a-z0-9_-]+\.[a-z0-9]+")
+LONGEST_NAME = 100  # of the USTAR name field
+
+Place = tuple[int, int]
+"""Offset of a member's data in its tar, and its length, in bytes."""
+
+SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def build_tar(members: list[tuple[str, bytes]]) -> tuple[bytes, dict[str, Place]]:
+    """A USTAR tar of `members` (name, data), sorted by name, and where each one's data lies in it.
+
+    Names are `<key>.<suffix>`, lower case: WebDataset takes all that share a key, side by side, as one sample.
+    Raises ValueError for any other name and for one that comes twice.
+    """
+    places: dict[str, Place] = {}
+    pieces: list[bytes] = []
+    at = 0
+    # By key, then suffix: as one text, "a-1.mp4" would sort between "a.json" and "a.mp4"'s neighbours.
+    for name, data in sorted(members, key=lambda member: member[0].split(".", 1)):
+        if not MEMBER.fullmatch(name) or len(name) > LONGEST_NAME:
+            raise ValueError(
+                f"tar member {name!r}: expected <sample_id>.<suffix> of a-z 0-9 _ -, at most {LONGEST_NAME} characters"
+            )
+        if name in places:
+            raise ValueError(f"tar member {name!r} comes twice")
+        places[name] = (at + BLOCK, len(data))
+        padding = -len(data) % BLOCK
+        pieces += [_header(name, len(data)), data, bytes(padding)]
+        at += BLOCK + len(data) + padding
+    pieces.append(bytes(2 * BLOCK))
+    return b"".join(pieces), places
+
+
+def _header(name: str, nbytes: int) -> bytes:
+    info = tarfile.TarInfo(name)  # mtime, uid and gid are 0 and the mode 0644 from the start
+    info.size = nbytes
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def safetensors_bytes(name: str, array: np.ndarray, dtype: str, metadata: dict[str, str]) -> bytes:
+    """One float array as a safetensors file, cast to `dtype`: float32, float16 or bfloat16, rounded to nearest even.
+
+    The safetensors package writes metadata in an order that changes from run to run; here keys are sorted.
+    Raises ValueError where a value is not finite or does not fit.
+    """
+    values = np.ascontiguousarray(array, dtype="<f4")
+    with np.errstate(over="ignore"):
+        data, back = _cast(values, dtype)
+    if not np.isfinite(back).all():
+        raise ValueError(
+            f"{name}: expected finite values that fit {dtype}, found a largest magnitude of {np.abs(values).max()}"
+        )
+    entry: dict[str, Any] = {"dtype": SAFETENSORS[dtype], "shape": list(array.shape), "data_offsets": [0, len(data)]}
+    header = json.dumps({"__metadata__": metadata, name: entry}, sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def _cast(values: np.ndarray, dtype: str) -> tuple[bytes, np.ndarray]:
+    """The bytes of float32 `values` in `dtype`, and what they read as."""
+    if dtype == "float32":
+        return values.tobytes(), values
+    if dtype == "float16":
+        half = values.astype("<f2")
+        return half.tobytes(), half
+    if dtype != "bfloat16":
+        raise ValueError(f"tensor dtype: expected one of {sorted(SAFETENSORS)}, found {dtype!r}")
+    bits = values.view("<u4")
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    rounded = np.where(np.isfinite(values), rounded, bits).astype("<u4")  # rounding must not carry a NaN into a number
+    return (rounded >> np.uint32(16)).astype("<u2").tobytes(), rounded.view("<f4")

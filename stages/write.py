@@ -1,0 +1,352 @@
+"""WriteShards: a finished batch to one closed tar, its Parquet parts and one row that says what was written.
+
+It keeps nothing between calls. What it writes does not exist for readers until the run's committer has put the parts
+into the tables; a call that is repeated writes other files, whose names never meet the first ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import socket
+import sys
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from uuid import uuid4
+
+import numpy as np
+
+from infra.schema import FAILURES, SAMPLES
+from infra.shard import Place, build_tar, safetensors_bytes
+from infra.storage import Storage
+from stages.batch import Batch, SampleError, jsons, size
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from infra.media import Encoded
+
+VALIDATION_SHARE = 0.02
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GeneratorFacts:
+    """What a row says of the generator that made it. `adapters` are {uri, sha256, weight}."""
+
+    model: str
+    model_sha256: str
+    plan_id: str
+    plan_json: str
+    num_inference_steps: int
+    guidance_scale: float
+    adapters: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def latent_layout(self) -> str:
+        return str(json.loads(self.plan_json or "{}").get("latent_layout", ""))
+
+
+@dataclass(frozen=True)
+class WriteShards:
+    """Writes a whole batch, failed samples too, and returns one row: column `result`, a JSON text of
+
+        batch_index, parts: [{table, path, nbytes, rows}], media: [names of tars], media_nbytes, accepted, rejected,
+        failed, ledger: what the batch's own column `ledger` holds in its first row, else []
+
+    Media first, then parts, so that a part never refers to what is not there. A sample that cannot be written (its text
+    is no valid Unicode, a number is not finite) becomes a failure; OSError goes to the caller as it is.
+    """
+
+    storage: Storage
+    run_id: str
+    recipe: str
+    generators: tuple[GeneratorFacts, ...]
+    layout_json: str
+    judge: str
+    rubric: str
+    code_version: str
+    keep_rejected: Literal["preview", "latents", "media", "none"] = "preview"
+    image_format: Literal["webp", "png"] = "png"
+    crf: int = 18
+    tensors: dict[str, str] = field(default_factory=dict)
+
+    name: ClassVar[str] = "write"
+    reads: ClassVar[tuple[str, ...]] = ("sample_id", "frames", "latents", "verdict")
+    adds: ClassVar[tuple[str, ...]] = ("result",)
+    skips_rejected: ClassVar[bool] = False
+    takes_failed: ClassVar[bool] = True
+
+    def load(self) -> None:
+        import av  # noqa: F401
+        import PIL.Image  # noqa: F401
+        import pyarrow.parquet  # noqa: F401
+
+    def __call__(self, batch: Batch) -> Batch:
+        written = _Written(self, batch, datetime.now(UTC), uuid4().hex[:8])
+        for at in range(size(batch)):
+            written.add(at)
+        return {"result": jsons([written.close()])}
+
+    @cached_property
+    def device(self) -> str:
+        """The accelerator of this process, or cpu. torch is not imported for it: who sampled here has done so."""
+        torch = sys.modules.get("torch")
+        return str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_available() else "cpu"
+
+
+def split_of(source_prompt: str) -> str:
+    """train or, for 2% of source prompts, validation: all samples of all variants of a prompt are on one side."""
+    digest = hashlib.blake2b(source_prompt.encode("utf-8", "replace"), digest_size=8).digest()
+    return "validation" if int.from_bytes(digest, "big") < VALIDATION_SHARE * 2**64 else "train"
+
+
+class _Written:
+    """One call's rows and tar members, until `close` writes them."""
+
+    def __init__(self, stage: WriteShards, batch: Batch, now: datetime, nonce: str) -> None:
+        self.stage, self.batch, self.now = stage, batch, now
+        self.batch_index = int(batch["batch_index"][0])
+        self.file = f"{self.batch_index:08d}-{nonce}"
+        self.part = f"{stage.run_id}-{self.file}"
+        self.rows: dict[str, list[Row]] = {"accepted": [], "rejected": []}
+        self.members: dict[str, list[tuple[str, bytes]]] = {"accepted": [], "rejected": []}
+        self.failures: list[Row] = []
+
+    def add(self, at: int) -> None:
+        if self._text(at, "error_type"):
+            self.failures.append(self._failure(at))
+            return
+        try:
+            row, members = self._sample(at)
+        except SampleError as fault:
+            self.failures.append(self._failure(at, fault))
+            return
+        self.rows[row["verdict"]].append(row)
+        self.members[row["verdict"]] += members
+
+    def close(self) -> Row:
+        """Write tars, then parts; what to say of them."""
+        media: list[str] = []
+        media_nbytes = 0
+        for verdict, folder in (("accepted", "media"), ("rejected", "rejected")):
+            if not self.members[verdict]:
+                continue
+            shard = f"{folder}/{self.stage.run_id}/{self.file}.tar"
+            data, places = build_tar(self.members[verdict])
+            self.stage.storage.write_bytes(shard, data)
+            _refer(self.rows[verdict], shard, places)
+            media.append(shard)
+            media_nbytes += len(data)
+        samples = self.rows["accepted"] + self.rows["rejected"]
+        parts = [self._part("samples", samples, SAMPLES), self._part("failures", self.failures, FAILURES)]
+        return {
+            "batch_index": self.batch_index,
+            "parts": [part for part in parts if part["rows"]],
+            "media": media,
+            "media_nbytes": media_nbytes,
+            "accepted": len(self.rows["accepted"]),
+            "rejected": len(self.rows["rejected"]),
+            "failed": len(self.failures),
+            "ledger": self._json(0, "ledger", []),
+        }
+
+    def _part(self, table: str, rows: list[Row], schema: pa.Schema) -> Row:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = f"{table}/{self.part}.parquet"
+        if not rows:
+            return {"table": table, "path": path, "nbytes": 0, "rows": 0}
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
+        data = sink.getvalue().to_pybytes()
+        self.stage.storage.write_bytes(path, data)
+        return {"table": table, "path": path, "nbytes": len(data), "rows": len(rows)}
+
+    def _failure(self, at: int, fault: SampleError | None = None) -> Row:
+        row = {
+            "sample_id": self._text(at, "sample_id"),
+            "attempt": self._int(at, "attempt"),
+            "prompt_id": self._text(at, "prompt_id"),
+            "prompt": self._text(at, "prompt"),
+            "sample_index": self._int(at, "sample_index"),
+            "stage": self.stage.name if fault else self._text(at, "error_stage"),
+            "error_type": fault.error_type if fault else self._text(at, "error_type"),
+            "error": str(fault) if fault else self._text(at, "error"),
+            "cost": self._json(at, "cost", []),
+            "run_id": self.stage.run_id,
+            "node": socket.gethostname(),
+            "created_at": self.now,
+        }
+        return {
+            key: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+            for key, value in row.items()
+        }
+
+    def _sample(self, at: int) -> tuple[Row, list[tuple[str, bytes]]]:
+        """A row, its media without places, and the members that hold them."""
+        row = self._facts(at)
+        _check_writable(row, "")
+        members: list[tuple[str, bytes]] = []
+        accepted = row["verdict"] == "accepted"
+        keep = "media" if accepted else self.stage.keep_rejected
+        frames = self.batch["frames"][at] if keep in ("media", "preview") else None
+        if frames is not None:
+            encoded = self._encoded(frames, row["fps"], keep)
+            role = "preview" if keep == "preview" else "image" if len(frames) == 1 else "video"
+            row["media"].append(_media(row["sample_id"], role, encoded))
+            members.append((row["media"][0]["member"], encoded.data))
+        dtype = self.stage.tensors.get("latents", None if accepted else "float32")
+        if dtype and (accepted or keep == "latents"):
+            latents = self.batch["latents"][at]
+            metadata = {"plan": row["plan_json"]}
+            try:
+                data = safetensors_bytes("latents", latents, dtype, metadata)
+            except ValueError as error:
+                raise SampleError("bad_latents", str(error)) from error
+            facts = self.stage.generators[int(self.batch["generator"][at])]
+            row["tensors"].append(_tensor(row["sample_id"], data, dtype, latents.shape, facts.latent_layout))
+            members.append((row["tensors"][0]["member"], data))
+        if accepted:
+            members.append((f"{row['sample_id']}.json", _sidecar(row)))
+        return row, members
+
+    def _encoded(self, frames: np.ndarray, fps: float, keep: str) -> Encoded:
+        from infra.media import encode, preview_strip
+
+        try:
+            if keep == "preview":
+                return preview_strip(frames)
+            return encode(frames, fps, self.stage.image_format, self.stage.crf)
+        except ValueError as error:
+            raise SampleError("bad_media", str(error)) from error
+
+    def _facts(self, at: int) -> Row:
+        stage = self.stage
+        facts = stage.generators[self._int(at, "generator")]
+        verdict = self._text(at, "verdict")
+        if verdict not in ("accepted", "rejected"):
+            raise ValueError(f"{self._text(at, 'sample_id')}: expected verdict accepted or rejected, found {verdict!r}")
+        source_prompt = self._text(at, "source_prompt")
+        return {
+            "sample_id": self._text(at, "sample_id"),
+            "noise_key": self._text(at, "noise_key"),
+            "run_id": stage.run_id,
+            "recipe": stage.recipe,
+            "prompt_id": self._text(at, "prompt_id"),
+            "source_prompt": source_prompt,
+            "prompt": self._text(at, "prompt"),
+            "negative_prompt": self._text(at, "negative_prompt"),
+            "sample_index": self._int(at, "sample_index"),
+            "seed": self._int(at, "seed"),
+            "inputs": self._json(at, "inputs", []),
+            "model": facts.model,
+            "model_sha256": facts.model_sha256,
+            "adapters": list(facts.adapters),
+            "plan_id": facts.plan_id,
+            "plan_json": facts.plan_json,
+            "layout_json": stage.layout_json,
+            "num_inference_steps": facts.num_inference_steps,
+            "guidance_scale": facts.guidance_scale,
+            "nfe": self._int(at, "nfe"),
+            "height": self._int(at, "height"),
+            "width": self._int(at, "width"),
+            "num_frames": self._int(at, "num_frames"),
+            "fps": float(self.batch["fps"][at]),
+            "media": [],
+            "tensors": [],
+            "scores": [
+                {"name": score["name"], "value": float(score["value"])} for score in self._json(at, "scores", [])
+            ],
+            "verdict": verdict,
+            "reasons": self._json(at, "reasons", []),
+            "judge": stage.judge,
+            "rubric": stage.rubric,
+            "caption": self._text(at, "caption"),
+            "captions": self._json(at, "captions", []),
+            "tags": self._json(at, "tags", []),
+            "split": split_of(source_prompt),
+            "parent_ids": [],
+            "round": 0,
+            "cost": self._json(at, "cost", []),
+            "node": socket.gethostname(),
+            "device": self._text(at, "device") or stage.device,
+            "code_version": stage.code_version,
+            "created_at": self.now,
+            "extra_json": json.dumps(self._json(at, "extra", {}), ensure_ascii=False, sort_keys=True),
+        }
+
+    def _text(self, at: int, column: str) -> str:
+        return str(self.batch[column][at] or "") if column in self.batch else ""
+
+    def _int(self, at: int, column: str) -> int:
+        return int(self.batch[column][at]) if column in self.batch else 0
+
+    def _json(self, at: int, column: str, empty: Any) -> Any:
+        text = self._text(at, column)
+        return json.loads(text) if text else empty
+
+
+def _media(sample_id: str, role: str, encoded: Encoded) -> Row:
+    return {
+        "role": role,
+        "member": f"{sample_id}.{encoded.suffix}",
+        "mime": encoded.mime,
+        "codec": encoded.codec,
+        "sha256": hashlib.sha256(encoded.data).hexdigest(),
+    }
+
+
+def _tensor(sample_id: str, data: bytes, dtype: str, shape: tuple[int, ...], layout: str) -> Row:
+    return {
+        "role": "latents",
+        "member": f"{sample_id}.safetensors",
+        "dtype": dtype,
+        "shape": list(shape),
+        "layout": layout,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def _refer(rows: list[Row], shard: str, places: dict[str, Place]) -> None:
+    for row in rows:
+        for reference in row["media"] + row["tensors"]:
+            reference["shard"] = shard
+            reference["offset"], reference["nbytes"] = places[reference["member"]]
+
+
+SIDECAR = (
+    "sample_id", "prompt", "source_prompt", "negative_prompt", "caption", "captions", "scores", "height", "width",
+    "num_frames", "fps", "noise_key", "seed", "sample_index", "model", "model_sha256", "plan_id", "split",
+)  # fmt: skip
+"""What a tar says of a sample beside its media: the same keys and types in each, so that any loader can infer them from
+the first few, and nothing that another run of the same sample would say differently."""
+
+
+def _sidecar(row: Row) -> bytes:
+    return json.dumps({key: row[key] for key in SIDECAR}, ensure_ascii=False, sort_keys=True).encode()
+
+
+def _check_writable(value: Any, where: str) -> None:
+    """Raise SampleError for text that is no Unicode and for numbers that are not finite, however deep."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise SampleError(
+                "bad_text", f"{where}: expected valid Unicode, found {error.reason} at {error.start}"
+            ) from error
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise SampleError("bad_number", f"{where}: expected a finite number, found {value}")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_writable(key, where)
+            _check_writable(item, f"{where}.{key}" if where else key)
+    elif isinstance(value, list):
+        for at, item in enumerate(value):
+            _check_writable(item, f"{where}[{at}]")
