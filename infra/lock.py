@@ -2,8 +2,9 @@
 
     python -m infra.lock python3.11 python3.12
 
-pip resolves `pyproject.toml` once for each interpreter; where they differ, a line carries an environment marker. torch is
-resolved as its CPU build and named without a build, so that the same lock serves machines with and without a GPU.
+pip resolves `pyproject.toml` for the first (the oldest Python) and holds the others to the versions it found, because the
+bytes of a sample depend on them; a package that only some need carries an environment marker. torch is resolved as its CPU
+build and named without a build, so that the same lock serves machines with and without a GPU.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ def main(interpreters: list[str]) -> None:
     test_roots = project["project"]["optional-dependencies"]["test"]
     core: dict[str, Versions] = {}
     test: dict[str, Versions] = {}
+    pinned: Versions = {}
     for interpreter in interpreters:
-        version = _run([interpreter, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).strip()
-        core[version] = resolve(interpreter, core_roots, {})
-        everything = resolve(interpreter, [*core_roots, *test_roots], core[version])
-        test[version] = {name: number for name, number in everything.items() if name not in core[version]}
+        python = _run([interpreter, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).strip()
+        core[python] = resolve(interpreter, core_roots, pinned)
+        both = resolve(interpreter, [*core_roots, *test_roots], pinned | core[python])
+        test[python] = {name: version for name, version in both.items() if name not in core[python]}
+        pinned = pinned or both
     Path("requirements.lock").write_text(render(core, "What ditmill runs on"), encoding="utf-8")
     Path("requirements-test.lock").write_text(render(test, "What its tests need besides"), encoding="utf-8")
 
@@ -55,22 +58,30 @@ def resolve(interpreter: str, requirements: list[str], pinned: Versions) -> Vers
         report = Path(folder, "report.json")
         _stand_in_for_torch(Path(folder), requirements)
         command = [sys.executable, "-m", "pip", "--python", interpreter, "install", "--quiet", "--dry-run"]
-        command += ["--ignore-installed", "--only-binary=:all:", "--find-links", folder, "--constraint", str(constraints)]
+        command += [
+            "--ignore-installed",
+            "--only-binary=:all:",
+            "--find-links",
+            folder,
+            "--constraint",
+            str(constraints),
+        ]
         _run([*command, "--report", str(report), *requirements])
         found = json.loads(report.read_text(encoding="utf-8"))["install"]
-    named = {item["metadata"]["name"].lower().replace("_", "-").replace(".", "-"): item["metadata"]["version"] for item in found}
+    named = {
+        item["metadata"]["name"].lower().replace("_", "-").replace(".", "-"): item["metadata"]["version"]
+        for item in found
+    }
     return {name: version.partition("+")[0] for name, version in sorted(named.items())}
 
 
 def render(found: dict[str, Versions], title: str) -> str:
-    """The lines of a lock file. A package that not every Python has, or has in the same version, carries a marker."""
+    """The lines of a lock file. A package that not every Python needs carries a marker."""
     lines = [f"# {title}; Python {' and '.join(found)}. Written by `make lock`."]
-    for name in sorted({name for versions in found.values() for name in versions}):
-        numbers = {python: versions[name] for python, versions in found.items() if name in versions}
-        if len(numbers) == len(found) and len(set(numbers.values())) == 1:
-            lines.append(f"{name}=={next(iter(numbers.values()))}")
-        else:
-            lines += [f'{name}=={number} ; python_version == "{python}"' for python, number in numbers.items()]
+    for name, version in sorted({item for versions in found.values() for item in versions.items()}):
+        pythons = [python for python, versions in found.items() if name in versions]
+        marker = " or ".join(f'python_version == "{python}"' for python in pythons) if len(pythons) < len(found) else ""
+        lines.append(f"{name}=={version}" + (f" ; {marker}" if marker else ""))
     return "\n".join(lines) + "\n"
 
 
@@ -78,10 +89,15 @@ def _stand_in_for_torch(folder: Path, requirements: list[str]) -> None:
     """A wheel with torch's name and requirements and nothing else: half a gigabyte need not move to resolve the rest."""
     version = next(item.split("==")[1] for item in requirements if item.startswith("torch==")) + "+cpu"
     info = f"torch-{version}.dist-info"
-    metadata = [f"Metadata-Version: 2.1\nName: torch\nVersion: {version}", *(f"Requires-Dist: {item}" for item in TORCH_REQUIRES)]
+    metadata = [
+        f"Metadata-Version: 2.1\nName: torch\nVersion: {version}",
+        *(f"Requires-Dist: {item}" for item in TORCH_REQUIRES),
+    ]
     with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{info}/METADATA", "\n".join(metadata) + "\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: ditmill\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: ditmill\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
 
 

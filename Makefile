@@ -1,0 +1,116 @@
+# Every need has one command; `make` alone lists them. Variables can be set on the command line: make run VENV=/tmp/venv
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+#: the virtual environment's folder
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$python && break; done)
+#: the Python that makes it, 3.11 or 3.12; by default the first of python3, python3.12 and python3.11 that is
+TORCH ?= torch==$(TORCH_VERSION)$(shell nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname)" = Darwin ] || echo +cpu)
+#: what pip installs as torch: with a GPU the plain build, which brings CUDA; without one the CPU build
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+#: where the CPU build is looked for when pip, as it is set up, does not find it
+SPEC ?= pipelines/examples/quickstart.yaml
+#: what `make run` runs
+
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' requirements.lock)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+CORE := $(VENV)/.installed-core-$(shell (cat requirements.lock pyproject.toml; echo "$(TORCH)") | cksum | cut -d' ' -f1)
+TEST := $(VENV)/.installed-test-$(shell cat requirements-test.lock | cksum | cut -d' ' -f1)
+step = @printf '\033[1m==>\033[0m %s\n' "$(1)"
+
+.PHONY: help
+help: ## list the commands and the variables
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@printf '\nVariables:\n'
+	@awk '/^[A-Z_]+ \?=/ { name = $$1 } /^#: / { printf "  %-14s %s\n", name, substr($$0, 4) }' Makefile
+
+.PHONY: run
+run: $(CORE) ## install what ditmill needs and make the quickstart dataset; running it again resumes
+	$(call step,ditmill run $(SPEC))
+	@$(BIN)/ditmill run $(SPEC)
+
+.PHONY: install
+install: $(CORE) ## install what ditmill needs into a virtual environment, and nothing else
+
+.PHONY: test
+test: lint chromium ## lint and every test but the soak
+	$(call step,Tests)
+	@$(BIN)/python -m pytest -m "not soak" --durations=15
+
+.PHONY: check
+check: lint ## lint and the tests that need no Ray, in under three minutes
+	$(call step,Tests without Ray)
+	@$(BIN)/python -m pytest -m "not soak and not ray" --durations=5
+
+.PHONY: lint
+lint: $(CORE) $(TEST) ## ruff, the arrows between the folders, types
+	$(call step,ruff)
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . || \
+		{ echo "mend with: $(BIN)/ruff check --fix . && $(BIN)/ruff format ."; exit 1; }
+	$(call step,import-linter)
+	@$(BIN)/lint-imports | tail -n 40
+	$(call step,mypy)
+	@$(BIN)/mypy
+
+.PHONY: soak
+soak: $(CORE) $(TEST) ## the long tests: a hundred kills at random moments
+	$(call step,Soak)
+	@$(BIN)/python -m pytest -m soak --timeout=0 --durations=0 -s
+
+.PHONY: bench
+bench: $(CORE) ## the benchmarks, each beside its baseline
+	$(call step,Overhead against a single-process loop)
+	@$(BIN)/ditmill bench overhead
+	$(call step,Data plane against a bare Ray Data pipeline)
+	@$(BIN)/ditmill bench dataplane
+
+.PHONY: lock
+lock: $(CORE) ## resolve pyproject.toml anew, for the Pythons in PYTHONS (oldest first)
+	@$(BIN)/python -m infra.lock $(or $(PYTHONS),python3.11 python3.12)
+
+.PHONY: clean
+clean: ## remove the virtual environment and the caches; datasets under out/ stay
+	@if [ -f $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi
+	@rm -rf *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps carry a hash of what they stand for, so that a second `make` installs nothing and a changed lock installs again.
+$(CORE):
+	@[ -x $(BIN)/python ] || [ -n "$(PYTHON)" ] || \
+		{ echo "No Python 3.11 or 3.12 on PATH: install one, or give it: make PYTHON=/path/to/python3.12"; exit 2; }
+	@[ -x $(BIN)/python ] || { printf '\033[1m==>\033[0m %s\n' "Making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	$(call step,Installing $(TORCH))
+	@$(call has_torch) || $(call install_torch)
+	$(call step,Installing $$(grep -c == requirements.lock) packages)
+	@$(PIP) install --no-deps -r <(grep -v '^torch==' requirements.lock)
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip check >/dev/null || $(BIN)/python -m pip check
+	@rm -f $(VENV)/.installed-core-* && touch $@
+
+$(TEST): | $(CORE)
+	$(call step,Installing $$(grep -c == requirements-test.lock) packages for the tests)
+	@$(PIP) install --no-deps -r requirements-test.lock
+	@rm -f $(VENV)/.installed-test-* && touch $@
+
+has_torch = [ "$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)" = "$(patsubst torch==%,%,$(TORCH))" ]
+# The CPU build has no other index to fall back on than one that holds CPU builds: CUDA is never downloaded unasked.
+install_torch = $(if $(findstring +cpu,$(TORCH)), \
+	$(PIP) install --no-deps "$(TORCH)" 2>/dev/null || $(PIP) install --no-deps --index-url $(TORCH_INDEX) "$(TORCH)" || \
+	{ echo "No CPU build of torch for this Python was found; give one: make TORCH_INDEX=URL, or make TORCH=/path/to/a.whl"; exit 1; }, \
+	$(PIP) install -c requirements.lock "$(TORCH)")
+
+# The test of the report's page looks at it in a browser, and is skipped where there is none.
+.PHONY: chromium
+chromium:
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		printf '\033[1m==>\033[0m %s\n' "Installing chromium, for the test of the report's page"; \
+		apt-get -qq update >/dev/null && DEBIAN_FRONTEND=noninteractive \
+			apt-get -qq install --no-install-recommends chromium fonts-liberation >/dev/null; \
+	else echo "No chromium found: the test of the report's page will be skipped. To run it: apt-get install chromium"; fi
