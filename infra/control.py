@@ -102,7 +102,9 @@ def sweep(storage: Storage, run_id: str) -> list[str]:
 
 def sweep_stale(storage: Storage, but: str) -> dict[str, list[str]]:
     """Sweep every stale run except `but`."""
-    return {beat.run_id: sweep(storage, beat.run_id) for beat in live_runs(storage) if beat.is_stale and beat.run_id != but}
+    return {
+        beat.run_id: sweep(storage, beat.run_id) for beat in live_runs(storage) if beat.is_stale and beat.run_id != but
+    }
 
 
 def uncommitted_files(storage: Storage, run_id: str | None = None) -> list[str]:

@@ -1,15 +1,16 @@
-"""Writes requirements.lock and requirements-test.lock: every version that the core and the tests install, for each Python.
+"""Writes requirements.lock and requirements-test.lock: every version that the core and the tests install.
 
     python -m infra.lock python3.11 python3.12
 
-pip resolves `pyproject.toml` for the first (the oldest Python) and holds the others to the versions it found, because the
-bytes of a sample depend on them; a package that only some need carries an environment marker. torch is resolved as its CPU
-build and named without a build, so that the same lock serves machines with and without a GPU.
+pip resolves `pyproject.toml` for the first (the oldest Python) and holds the others to the versions it found, because
+the bytes of a sample depend on them; a package that only some need carries an environment marker. torch is resolved as
+its CPU build and named without a build, so that the same lock serves machines with and without a GPU.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ TORCH_REQUIRES = (
 
 
 def main(interpreters: list[str]) -> None:
-    """Resolve for `interpreters` (names or paths, oldest Python first) and write both files into the working directory."""
+    """Resolve for `interpreters` (names or paths, oldest Python first) and write both files here."""
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     core_roots = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     test_roots = project["project"]["optional-dependencies"]["test"]
@@ -53,51 +54,37 @@ def main(interpreters: list[str]) -> None:
 def resolve(interpreter: str, requirements: list[str], pinned: Versions) -> Versions:
     """What pip would install for `requirements` into an empty environment of `interpreter`, holding to `pinned`."""
     with tempfile.TemporaryDirectory() as folder:
-        constraints = Path(folder, "constraints.txt")
+        constraints, report = Path(folder, "constraints.txt"), Path(folder, "report.json")
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in pinned.items()), encoding="utf-8")
-        report = Path(folder, "report.json")
         _stand_in_for_torch(Path(folder), requirements)
         command = [sys.executable, "-m", "pip", "--python", interpreter, "install", "--quiet", "--dry-run"]
-        command += [
-            "--ignore-installed",
-            "--only-binary=:all:",
-            "--find-links",
-            folder,
-            "--constraint",
-            str(constraints),
-        ]
-        _run([*command, "--report", str(report), *requirements])
-        found = json.loads(report.read_text(encoding="utf-8"))["install"]
-    named = {
-        item["metadata"]["name"].lower().replace("_", "-").replace(".", "-"): item["metadata"]["version"]
-        for item in found
-    }
-    return {name: version.partition("+")[0] for name, version in sorted(named.items())}
+        command += ["--ignore-installed", "--only-binary=:all:", "--find-links", folder]
+        _run([*command, "--constraint", str(constraints), "--report", str(report), *requirements])
+        found = [item["metadata"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
+    versions = {re.sub(r"[-_.]+", "-", item["name"]).lower(): item["version"].partition("+")[0] for item in found}
+    return dict(sorted(versions.items()))
 
 
 def render(found: dict[str, Versions], title: str) -> str:
     """The lines of a lock file. A package that not every Python needs carries a marker."""
     lines = [f"# {title}; Python {' and '.join(found)}. Written by `make lock`."]
     for name, version in sorted({item for versions in found.values() for item in versions.items()}):
-        pythons = [python for python, versions in found.items() if name in versions]
+        pythons = [python for python, versions in found.items() if versions.get(name) == version]
         marker = " or ".join(f'python_version == "{python}"' for python in pythons) if len(pythons) < len(found) else ""
         lines.append(f"{name}=={version}" + (f" ; {marker}" if marker else ""))
     return "\n".join(lines) + "\n"
 
 
 def _stand_in_for_torch(folder: Path, requirements: list[str]) -> None:
-    """A wheel with torch's name and requirements and nothing else: half a gigabyte need not move to resolve the rest."""
+    """A wheel with torch's name and requirements and nothing else, so that resolving moves no half gigabyte."""
     version = next(item.split("==")[1] for item in requirements if item.startswith("torch==")) + "+cpu"
     info = f"torch-{version}.dist-info"
-    metadata = [
-        f"Metadata-Version: 2.1\nName: torch\nVersion: {version}",
-        *(f"Requires-Dist: {item}" for item in TORCH_REQUIRES),
-    ]
+    metadata = ["Metadata-Version: 2.1", "Name: torch", f"Version: {version}"]
+    metadata += [f"Requires-Dist: {requirement}" for requirement in TORCH_REQUIRES]
+    tags = ["Wheel-Version: 1.0", "Generator: ditmill", "Root-Is-Purelib: true", "Tag: py3-none-any"]
     with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{info}/METADATA", "\n".join(metadata) + "\n")
-        wheel.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: ditmill\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        wheel.writestr(f"{info}/WHEEL", "\n".join(tags) + "\n")
         wheel.writestr(f"{info}/RECORD", "")
 
 

@@ -92,7 +92,9 @@ class Table:
     def read(self, columns: list[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
         return self.dataset().to_table(columns=columns, filter=filter)
 
-    def batches(self, columns: list[str] | None = None, filter: pc.Expression | None = None) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self, columns: list[str] | None = None, filter: pc.Expression | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """Like `read`, a record batch at a time."""
         yield from self.dataset().to_batches(columns=columns, filter=filter)
 

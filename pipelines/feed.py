@@ -1,0 +1,123 @@
+"""The source of the graph: batches that the driver hands out one by one.
+
+Ray Data reads from a mailbox actor that the driver fills while fewer than so many batches are in flight. That bounds memory,
+and makes stopping clean: hand out no more, and everything launched finishes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from stages.actor import pack
+from stages.batch import Batch, size
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Batches by their number. A batch stays until it is done, so that a reader that died can start over."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, pa.Table] = {}
+        self._put = 0
+        self._closed = False
+        self._changed = asyncio.Condition()
+
+    async def put(self, number: int, block: pa.Table) -> None:
+        async with self._changed:
+            self._blocks[number] = block
+            self._put = number + 1
+            self._changed.notify_all()
+
+    async def done(self, number: int) -> None:
+        self._blocks.pop(number, None)
+
+    async def close(self) -> None:
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    async def get(self, number: int) -> pa.Table | None:
+        """Batch `number` once it is there, an empty one if it is long done, None after the last."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: number < self._put or self._closed)
+        return self._blocks.get(number, pack({})) if number < self._put else None
+
+
+class MailboxSource(Datasource):
+    """Ray Data's view of the mailbox: one long read task that yields a block as soon as there is one."""
+
+    def __init__(self, mailbox: Any) -> None:
+        super().__init__()
+        self._mailbox = mailbox
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        mailbox = self._mailbox
+
+        def read() -> Iterator[pa.Table]:
+            number = 0
+            while (block := ray.get(mailbox.get.remote(number))) is not None:
+                yield block
+                number += 1
+
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(read, metadata)]
+
+
+class Feeder:
+    """The driver's side: numbers batches and keeps at most `in_flight` of them under way."""
+
+    def __init__(self, in_flight: int) -> None:
+        self.mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+        self.in_flight = in_flight
+        self.launched = 0
+        self.closed = False
+        self._open: dict[int, Batch] = {}
+        self._late: dict[int, Batch] = {}
+
+    @property
+    def has_room(self) -> bool:
+        return not self.closed and len(self._open) < self.in_flight
+
+    def put(self, batch: Batch) -> None:
+        """Hand out `batch`; its number becomes its `batch_index`."""
+        number = self.launched
+        batch["batch_index"][:] = number
+        self._open[number] = batch
+        self.launched += 1
+        ray.get(self.mailbox.put.remote(number, pack(batch)))
+
+    def done(self, number: int) -> bool:
+        """Note that a batch came out; False if it had done so before."""
+        if self._open.pop(number, None) is None and self._late.pop(number, None) is None:
+            return False
+        self.mailbox.done.remote(number)
+        # Actors keep order, give or take what is in flight. What is far behind was probably lost with its worker and must
+        # not hold a place.
+        for old in [old for old in self._open if old < number - 4 * self.in_flight]:
+            self._late[old] = self._open.pop(old)
+        return True
+
+    @property
+    def samples_in_flight(self) -> int:
+        return sum(size(batch) for batch in self._open.values())
+
+    def unfinished(self) -> list[Batch]:
+        """Batches that did not come out (yet)."""
+        return [*self._late.values(), *self._open.values()]
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            ray.get(self.mailbox.close.remote())

@@ -1,0 +1,412 @@
+"""One run of the graph: feed it, commit what comes out while it goes on, and stop it cleanly.
+
+The driver is the run's one committer. Everything it knows of progress is in the tables; its own memory holds the ids that
+are done (16 bytes each) and what is in flight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.commit import Committer, Part, write_part
+from infra.control import Pulse
+from infra.errors import UserError
+from infra.schema import FAILURES
+from infra.storage import Storage
+from infra.tables import Table
+from infra.telemetry import log
+from pipelines.enumeration import Batches, Enumeration
+from pipelines.feed import Feeder
+from pipelines.graph import Group, in_flight, results
+from pipelines.idset import IdSet
+from pipelines.spec import Budget, Target
+from stages.batch import Batch, WorldFault, size, take
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to generate and where."""
+
+    storage: Storage
+    run_id: str
+    enumeration: Enumeration
+    batch_size: int
+    seed: int
+    target: Target
+    budget: Budget
+    commit_every: float
+    retry_failed: bool = False
+
+
+@dataclass
+class Progress:
+    """Counts of this run (`done` ones) and of the dataset before it."""
+
+    started: float = field(default_factory=time.time)
+    before_accepted: int = 0
+    before_done: int = 0
+    total: int = 0
+    launched: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    failed: int = 0
+    committed: int = 0
+    nbytes: int = 0
+    first_result: float = 0.0
+
+    @property
+    def done(self) -> int:
+        return self.accepted + self.rejected + self.failed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `status`: reached, exhausted, budget or stopped."""
+
+    status: str
+    planned_through: int
+    progress: Progress
+    allocated: float
+    overhead: dict[str, float]
+    reproducible: str
+
+
+class Ledger:
+    """The newest entry of every actor (see stages.actor.LedgerEntry)."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, dict[str, Any]] = {}
+
+    def add(self, entries: list[dict[str, Any]]) -> None:
+        for entry in entries:
+            known = self._entries.get(entry["actor"])
+            if known is None or known["ended_at"] < entry["ended_at"]:
+                self._entries[entry["actor"]] = entry
+
+    def allocated(self, until: float) -> float:
+        """Accelerator-seconds that all actors held, from their start to `until`."""
+        return sum((until - entry["started_at"]) * entry["accelerators"] for entry in self._entries.values())
+
+    def overhead(self, until: float) -> dict[str, float]:
+        """What of them is in no sample's cost, accelerator-seconds by kind."""
+        kinds = {"boot": 0.0, "load": 0.0, "idle": 0.0, "unshared": 0.0, "tail": 0.0}
+        for entry in self._entries.values():
+            share = entry["accelerators"]
+            kinds["boot"] += entry["boot_seconds"] * share
+            kinds["load"] += entry["load_seconds"] * share
+            kinds["idle"] += entry["idle_seconds"] * share
+            kinds["unshared"] += (entry["busy_seconds"] - entry["shared_seconds"]) * share
+            kinds["tail"] += (until - entry["ended_at"]) * share
+        return kinds
+
+    @property
+    def reproducible(self) -> str:
+        found = {entry["reproducible"] for entry in self._entries.values()} - {""}
+        return found.pop() if len(found) == 1 else ("tolerance" if found else "")
+
+
+class Commits:
+    """What was written and waits for a transaction."""
+
+    def __init__(self, storage: Storage, run_id: str, every: float) -> None:
+        self._committers = {name: Committer(Table(storage, name), run_id) for name in ("samples", "failures")}
+        self._waiting: dict[str, list[Part]] = {name: [] for name in self._committers}
+        self._every = every
+        self._last = time.monotonic()
+
+    def add(self, parts: list[dict[str, Any]]) -> None:
+        for part in parts:
+            self._waiting[part["table"]].append(Part(part["path"], part["nbytes"], part["rows"]))
+
+    def commit(self, force: bool = False) -> int:
+        """Commit what waits, if it is time or `force`; the rows that now exist."""
+        if not force and time.monotonic() - self._last < self._every:
+            return 0
+        rows = 0
+        for name, parts in self._waiting.items():
+            if parts:
+                rows += self._committers[name].commit(parts).rows
+                self._waiting[name] = []
+        self._last = time.monotonic()
+        return rows
+
+
+class StopRequest:
+    """Set by a signal, a budget or `ditmill stop`: hand out no more, finish what is under way."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def set(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+
+def generate(
+    job: Job,
+    groups: Callable[[], tuple[Group, ...]],
+    stop: StopRequest,
+    report: Callable[[Progress], None],
+) -> Outcome:
+    """Make the samples that the tables lack.
+
+    Args:
+        job: what to generate.
+        groups: the actor groups, asked for only when there is something to do (a cluster is started for it).
+        stop: set it to end early.
+        report: called with the counts a few times a second.
+    """
+    commits = Commits(job.storage, job.run_id, job.commit_every)
+    progress = Progress(total=len(job.enumeration))
+    samples = Table(job.storage, "samples")
+    done = IdSet(batch.column("sample_id") for batch in samples.batches(["sample_id"]))
+    progress.before_accepted = samples.dataset().count_rows(filter=pc.field("verdict") == "accepted")
+    failed, attempts = _failures(job)
+    progress.before_done = len(done) + len(failed)
+    limit = job.target.samples
+    if limit is not None:
+        progress.total = min(progress.total, limit)
+
+    def is_done(ids: list[str]) -> np.ndarray:
+        return done.contains(ids) | failed.contains(ids)
+
+    batches = Batches(job.enumeration, is_done, job.batch_size, attempts, job.seed, limit)
+    ledger = Ledger()
+    run = _Run(job, commits, progress, ledger, stop, report)
+    first = iter(batches)
+    if run.target_reached():
+        return Outcome("reached", 0, progress, 0.0, {}, "")
+    ready = next(first, None)
+    if ready is None:
+        return Outcome("exhausted", batches.planned_through, progress, 0.0, {}, "")
+    started = time.time()
+    with run.pulse_beating():
+        made = groups()
+        lost = run.drive(_chain(ready, first), made, started, max_errored=4)
+        singles = (take(batch, np.array([at])) for batch in lost for at in range(size(batch)))
+        for batch in run.drive(singles, made, time.time(), max_errored=-1) if lost else []:
+            commits.add([_worker_died(job, batch)])
+            progress.failed += 1
+        progress.committed += commits.commit(force=True)
+    ended = time.time()
+    status = stop.reason or ("reached" if run.target_reached() else "exhausted")
+    return Outcome(
+        status, batches.planned_through, progress, ledger.allocated(ended), ledger.overhead(ended), ledger.reproducible
+    )
+
+
+class _Run:
+    """State of one run's loop."""
+
+    def __init__(
+        self,
+        job: Job,
+        commits: Commits,
+        progress: Progress,
+        ledger: Ledger,
+        stop: StopRequest,
+        report: Callable[[Progress], None],
+    ) -> None:
+        self.job, self.commits, self.progress, self.ledger = job, commits, progress, ledger
+        self.stop, self.report = stop, report
+        self.pulse = Pulse(job.storage, job.run_id)
+        self._deadline = parse_deadline(job.budget.deadline)
+
+    @contextlib.contextmanager
+    def pulse_beating(self) -> Iterator[None]:
+        """Renew the heartbeat from a thread, also while models load or a commit takes long."""
+        ending = threading.Event()
+
+        def beat() -> None:
+            while True:
+                try:
+                    self.pulse.beat("running", self._counts())
+                    if self.pulse.stop_requested():
+                        self.stop.set("stopped")
+                except OSError as error:
+                    log().warning("heartbeat failed", error=str(error))
+                if ending.wait(2.0):
+                    return
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ending.set()
+            thread.join()
+
+    def target_reached(self) -> bool:
+        wanted = self.job.target.accepted
+        return wanted is not None and self.progress.before_accepted + self.progress.accepted >= wanted
+
+    def drive(
+        self, batches: Iterator[Batch], groups: tuple[Group, ...], started: float, max_errored: int
+    ) -> list[Batch]:
+        """Take `batches` through the graph; those that did not come out, because they killed their worker."""
+        feeder = Feeder(in_flight(groups))
+        out: queue.Queue[Batch | BaseException | None] = queue.Queue()
+        context = {"run_id": self.job.run_id}
+        thread = threading.Thread(
+            target=_pump, args=(results(feeder.mailbox, groups, context, started, max_errored), out), daemon=True
+        )
+        thread.start()
+        try:
+            while True:
+                self._feed(feeder, batches)
+                try:
+                    item = out.get(timeout=0.25)
+                except queue.Empty:
+                    self._tick(started)
+                    continue
+                if item is None:
+                    break
+                if isinstance(item, BaseException):
+                    raise WorldFault(f"{type(item).__name__}: {item}") from item
+                self._take(feeder, item)
+                self._tick(started)
+        except BaseException:
+            # What is written and whole is not lost with the run.
+            with contextlib.suppress(OSError, TimeoutError):
+                self.progress.committed += self.commits.commit(force=True)
+            raise
+        finally:
+            feeder.close()
+        return feeder.unfinished()
+
+    def _feed(self, feeder: Feeder, batches: Iterator[Batch]) -> None:
+        while feeder.has_room:
+            if self.stop.reason or self.target_reached():
+                feeder.close()
+                return
+            if feeder.samples_in_flight and self._enough_under_way(feeder.samples_in_flight):
+                return
+            batch = next(batches, None)
+            if batch is None:
+                feeder.close()
+                return
+            feeder.put(batch)
+            self.progress.launched += size(batch)
+
+    def _enough_under_way(self, samples: int) -> bool:
+        """Whether what is in flight will probably reach the target."""
+        wanted = self.job.target.accepted
+        if wanted is None:
+            return False
+        rate = (self.progress.accepted + 1) / (self.progress.done + 2)
+        return self.progress.before_accepted + self.progress.accepted + rate * samples >= wanted
+
+    def _take(self, feeder: Feeder, batch: Batch) -> None:
+        if "fault" in batch:
+            kind, _, message = str(batch["fault"][0]).partition(": ")
+            raise UserError(message) if kind == "user" else WorldFault(message)
+        if "result" not in batch:
+            return
+        result = json.loads(batch["result"][0])
+        if not feeder.done(result["batch_index"]):
+            return
+        self.progress.first_result = self.progress.first_result or time.time()
+        self.progress.accepted += result["accepted"]
+        self.progress.rejected += result["rejected"]
+        self.progress.failed += result["failed"]
+        self.progress.nbytes += result["media_nbytes"] + sum(part["nbytes"] for part in result["parts"])
+        self.ledger.add(result["ledger"])
+        self.commits.add(result["parts"])
+
+    def _tick(self, started: float) -> None:
+        self.progress.committed += self.commits.commit()
+        self.report(self.progress)
+        budget = self.job.budget
+        now = time.time()
+        if budget.bytes is not None and self.progress.nbytes >= budget.bytes:
+            self.stop.set("budget")
+        if self._deadline is not None and now >= self._deadline:
+            self.stop.set("budget")
+        if budget.accelerator_seconds is not None and self.ledger.allocated(now) >= budget.accelerator_seconds:
+            self.stop.set("budget")
+
+    def _counts(self) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "accepted": progress.accepted,
+            "rejected": progress.rejected,
+            "failed": progress.failed,
+            "committed": progress.committed,
+            "launched": progress.launched,
+            "total": progress.total,
+        }
+
+
+def _pump(source: Iterator[Batch], out: queue.Queue[Batch | BaseException | None]) -> None:
+    try:
+        for batch in source:
+            out.put(batch)
+        out.put(None)
+    except BaseException as error:
+        out.put(error)
+
+
+def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
+    yield first
+    yield from rest
+
+
+def _failures(job: Job) -> tuple[IdSet, dict[str, int]]:
+    """Samples that failed before, and their next attempt's number where failures are retried."""
+    table = Table(job.storage, "failures")
+    if not job.retry_failed:
+        return IdSet(batch.column("sample_id") for batch in table.batches(["sample_id"])), {}
+    attempts: dict[str, int] = {}
+    for batch in table.batches(["sample_id", "attempt"]):
+        for sample_id, attempt in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
+            attempts[sample_id] = max(attempts.get(sample_id, 1), attempt + 1)
+    return IdSet([]), attempts
+
+
+def _worker_died(job: Job, batch: Batch) -> dict[str, Any]:
+    """A failures part for a sample that took its worker with it each time."""
+    row = {
+        "sample_id": batch["sample_id"][0],
+        "attempt": int(batch["attempt"][0]),
+        "prompt_id": batch["prompt_id"][0],
+        "prompt": batch["prompt"][0],
+        "sample_index": int(batch["sample_index"][0]),
+        "stage": "",
+        "error_type": "worker_died",
+        "error": "the worker process died each time it had this sample, alone and in its batch (out of memory, or a crash)",
+        "cost": [],
+        "run_id": job.run_id,
+        "node": socket.gethostname(),
+        "created_at": datetime.now(UTC),
+    }
+    part = write_part(
+        job.storage, f"failures/{job.run_id}-died-{row['sample_id']}.parquet", pa.Table.from_pylist([row], FAILURES)
+    )
+    return {"table": "failures", "path": part.path, "nbytes": part.nbytes, "rows": part.rows}
+
+
+def parse_deadline(text: str | None) -> float | None:
+    """Unix seconds of an ISO 8601 time or of a duration from now, such as 90m, 2h, 30s or 1d."""
+    if text is None:
+        return None
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    if text[-1:] in units and text[:-1].replace(".", "", 1).isdigit():
+        return time.time() + float(text[:-1]) * units[text[-1]]
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC).timestamp()
+    except ValueError as error:
+        raise UserError(
+            f"budget.deadline: expected an ISO 8601 time or a duration such as 90m, found {text!r}"
+        ) from error
