@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 CORE := $(VENV)/.installed-core-$(shell (cat requirements.lock pyproject.toml; echo "$(TORCH)") | cksum | cut -d' ' -f1)
 TEST := $(VENV)/.installed-test-$(shell cat requirements-test.lock | cksum | cut -d' ' -f1)
-step = @printf '\033[1m==>\033[0m %s\n' "$(1)"
+step = @printf '==> %s\n' "$(1)"
 
 .PHONY: help
 help: ## list the commands and the variables
@@ -81,12 +81,18 @@ clean: ## remove the virtual environment and the caches; datasets under out/ sta
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps carry a hash of what they stand for, so that a second `make` installs nothing and a changed lock installs again.
+# The CPU build is looked for in two places that hold CPU builds, and nowhere else: no CUDA is downloaded unasked.
 $(CORE):
 	@[ -x $(BIN)/python ] || [ -n "$(PYTHON)" ] || \
 		{ echo "No Python 3.11 or 3.12 on PATH: install one, or give it: make PYTHON=/path/to/python3.12"; exit 2; }
-	@[ -x $(BIN)/python ] || { printf '\033[1m==>\033[0m %s\n' "Making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@[ -x $(BIN)/python ] || { printf '==> %s\n' "Making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
 	$(call step,Installing $(TORCH))
-	@$(call has_torch) || $(call install_torch)
+	@$(BIN)/python -c "import importlib.metadata as m; assert 'torch==' + m.version('torch') == '$(TORCH)'" 2>/dev/null || \
+	case "$(TORCH)" in \
+	*+cpu) $(PIP) install --no-deps "$(TORCH)" 2>/dev/null || $(PIP) install --no-deps --index-url $(TORCH_INDEX) "$(TORCH)" || \
+		{ echo "No CPU build of torch $(TORCH_VERSION) for this Python: see TORCH and TORCH_INDEX in 'make help'"; exit 1; };; \
+	*) $(PIP) install --constraint requirements.lock "$(TORCH)";; \
+	esac
 	$(call step,Installing $$(grep -c == requirements.lock) packages)
 	@$(PIP) install --no-deps -r <(grep -v '^torch==' requirements.lock)
 	@$(PIP) install --no-deps --no-build-isolation -e .
@@ -98,19 +104,12 @@ $(TEST): | $(CORE)
 	@$(PIP) install --no-deps -r requirements-test.lock
 	@rm -f $(VENV)/.installed-test-* && touch $@
 
-has_torch = [ "$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)" = "$(patsubst torch==%,%,$(TORCH))" ]
-# The CPU build has no other index to fall back on than one that holds CPU builds: CUDA is never downloaded unasked.
-install_torch = $(if $(findstring +cpu,$(TORCH)), \
-	$(PIP) install --no-deps "$(TORCH)" 2>/dev/null || $(PIP) install --no-deps --index-url $(TORCH_INDEX) "$(TORCH)" || \
-	{ echo "No CPU build of torch for this Python was found; give one: make TORCH_INDEX=URL, or make TORCH=/path/to/a.whl"; exit 1; }, \
-	$(PIP) install -c requirements.lock "$(TORCH)")
-
 # The test of the report's page looks at it in a browser, and is skipped where there is none.
 .PHONY: chromium
 chromium:
 	@if command -v chromium chromium-browser google-chrome >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		printf '\033[1m==>\033[0m %s\n' "Installing chromium, for the test of the report's page"; \
+		printf '==> %s\n' "Installing chromium, for the test of the report's page"; \
 		apt-get -qq update >/dev/null && DEBIAN_FRONTEND=noninteractive \
 			apt-get -qq install --no-install-recommends chromium fonts-liberation >/dev/null; \
 	else echo "No chromium found: the test of the report's page will be skipped. To run it: apt-get install chromium"; fi
