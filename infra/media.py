@@ -62,11 +62,15 @@ def decode(data: bytes, suffix: str) -> np.ndarray:
 
 
 def preview_strip(frames: np.ndarray, n: int = 4, height: int = 96) -> Encoded:
-    """At most `n` evenly spaced frames of `frames` [T, H, W, 3] uint8, side by side, as a webp at most `height` high."""
+    """At most `n` evenly spaced frames of `frames` [T, H, W, 3] uint8, the first and last among them, as one webp.
+
+    They lie side by side, `height` pixels high or less where the frames are. `split_strip` takes them apart.
+    """
     from PIL import Image as Pillow
 
     _check(frames)
-    shown = [Pillow.fromarray(frames[at]) for at in spaced(len(frames), n)]
+    evenly = np.linspace(0, len(frames) - 1, min(n, len(frames))).round().astype(int)
+    shown = [Pillow.fromarray(frame) for frame in frames[evenly]]
     height = min(height, frames.shape[1])
     width = max(1, round(frames.shape[2] * height / frames.shape[1]))
     strip = Pillow.new("RGB", (width * len(shown), height))
@@ -82,11 +86,6 @@ def split_strip(data: bytes, num_frames: int, n: int = 4) -> np.ndarray:
     """The frames [min(n, num_frames), h, w, 3] uint8 of a preview strip of a sample of `num_frames` frames."""
     strip = decode(data, "webp")[0]
     return np.stack(np.split(strip, min(n, num_frames), axis=1))
-
-
-def spaced(length: int, n: int) -> list[int]:
-    """At most `n` indices into `length` things, evenly spaced from the first to the last."""
-    return [int(at) for at in np.linspace(0, length - 1, min(n, length)).round()]
 
 
 def _check(frames: np.ndarray) -> None:
@@ -164,9 +163,9 @@ def _encode_video(frames: np.ndarray, fps: float, crf: int) -> Encoded:
 
 
 def _x264(data: bytes) -> str:
-    """The version that x264 writes into its stream, such as libx264-165."""
-    found = re.search(rb"x264 - core (\d+)( r[0-9A-Za-z]+)?", data)
-    return "libx264-" + b"".join(part.strip() for part in found.groups(b"")).decode() if found else "libx264"
+    """The encoder's version, which x264 writes into its stream: libx264-165."""
+    found = re.search(rb"x264 - core (\d+)", data)
+    return f"libx264-{found[1].decode()}" if found else "libx264"
 
 
 class _Reader:

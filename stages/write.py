@@ -183,10 +183,7 @@ class _Written:
             "node": socket.gethostname(),
             "created_at": self.now,
         }
-        return {
-            key: value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
-            for key, value in row.items()
-        }
+        return {key: _valid(value) if isinstance(value, str) else value for key, value in row.items()}
 
     def _sample(self, at: int) -> tuple[Row, list[tuple[str, bytes]]]:
         """A row, its media without places, and the members that hold them."""
@@ -195,34 +192,33 @@ class _Written:
         members: list[tuple[str, bytes]] = []
         accepted = row["verdict"] == "accepted"
         keep = "media" if accepted else self.stage.keep_rejected
-        frames = self.batch["frames"][at] if keep in ("media", "preview") else None
-        if frames is not None:
-            encoded = self._encoded(frames, row["fps"], keep)
-            role = "preview" if keep == "preview" else "image" if len(frames) == 1 else "video"
+        if keep in ("media", "preview"):
+            role, encoded = self._encoded(self.batch["frames"][at], row["fps"], keep == "preview")
             row["media"].append(_media(row["sample_id"], role, encoded))
             members.append((row["media"][0]["member"], encoded.data))
         dtype = self.stage.tensors.get("latents", None if accepted else "float32")
         if dtype and (accepted or keep == "latents"):
             latents = self.batch["latents"][at]
-            metadata = {"plan": row["plan_json"]}
+            layout = self.stage.generators[self._int(at, "generator")].latent_layout
             try:
-                data = safetensors_bytes("latents", latents, dtype, metadata)
+                data = safetensors_bytes("latents", latents, dtype, {"layout": layout, "plan": row["plan_json"]})
             except ValueError as error:
                 raise SampleError("bad_latents", str(error)) from error
-            facts = self.stage.generators[int(self.batch["generator"][at])]
-            row["tensors"].append(_tensor(row["sample_id"], data, dtype, latents.shape, facts.latent_layout))
+            row["tensors"].append(_tensor(row["sample_id"], data, dtype, latents.shape, layout))
             members.append((row["tensors"][0]["member"], data))
         if accepted:
             members.append((f"{row['sample_id']}.json", _sidecar(row)))
         return row, members
 
-    def _encoded(self, frames: np.ndarray, fps: float, keep: str) -> Encoded:
+    def _encoded(self, frames: np.ndarray, fps: float, preview: bool) -> tuple[str, Encoded]:
+        """The role of a sample's media, and the media."""
         from infra.media import encode, preview_strip
 
         try:
-            if keep == "preview":
-                return preview_strip(frames)
-            return encode(frames, fps, self.stage.image_format, self.stage.crf)
+            if preview:
+                return "preview", preview_strip(frames)
+            role = "image" if len(frames) == 1 else "video"
+            return role, encode(frames, fps, self.stage.image_format, self.stage.crf)
         except ValueError as error:
             raise SampleError("bad_media", str(error)) from error
 
@@ -233,6 +229,9 @@ class _Written:
         if verdict not in ("accepted", "rejected"):
             raise ValueError(f"{self._text(at, 'sample_id')}: expected verdict accepted or rejected, found {verdict!r}")
         source_prompt = self._text(at, "source_prompt")
+        extra = self._json(at, "extra", {})
+        extra |= {name: self.batch[name][at] for name in ("licence",) if self._text(at, name)}
+        _check_writable(extra, "extra_json")
         return {
             "sample_id": self._text(at, "sample_id"),
             "noise_key": self._text(at, "noise_key"),
@@ -260,9 +259,7 @@ class _Written:
             "fps": float(self.batch["fps"][at]),
             "media": [],
             "tensors": [],
-            "scores": [
-                {"name": score["name"], "value": float(score["value"])} for score in self._json(at, "scores", [])
-            ],
+            "scores": [{**score, "value": float(score["value"])} for score in self._json(at, "scores", [])],
             "verdict": verdict,
             "reasons": self._json(at, "reasons", []),
             "judge": stage.judge,
@@ -274,11 +271,11 @@ class _Written:
             "parent_ids": [],
             "round": 0,
             "cost": self._json(at, "cost", []),
-            "node": socket.gethostname(),
+            "node": self._text(at, "node") or socket.gethostname(),
             "device": self._text(at, "device") or stage.device,
             "code_version": stage.code_version,
             "created_at": self.now,
-            "extra_json": json.dumps(self._json(at, "extra", {}), ensure_ascii=False, sort_keys=True),
+            "extra_json": json.dumps(extra, ensure_ascii=False, sort_keys=True),
         }
 
     def _text(self, at: int, column: str) -> str:
@@ -290,6 +287,11 @@ class _Written:
     def _json(self, at: int, column: str, empty: Any) -> Any:
         text = self._text(at, column)
         return json.loads(text) if text else empty
+
+
+def _valid(text: str) -> str:
+    """`text` with a question mark for what is no valid Unicode."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _media(sample_id: str, role: str, encoded: Encoded) -> Row:
@@ -338,9 +340,8 @@ def _check_writable(value: Any, where: str) -> None:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise SampleError(
-                "bad_text", f"{where}: expected valid Unicode, found {error.reason} at {error.start}"
-            ) from error
+            found = f"{error.reason} at character {error.start}"
+            raise SampleError("bad_text", f"{where}: expected valid Unicode, found {found}") from error
     elif isinstance(value, float) and not math.isfinite(value):
         raise SampleError("bad_number", f"{where}: expected a finite number, found {value}")
     elif isinstance(value, dict):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -44,6 +45,7 @@ def make_batch(num_frames: int = T) -> Batch:
         "inputs": jsons(
             [[{"role": "first_frame", "uri": "x.png", "sha256": "00", "start": None, "end": None}], [], [], [], []]
         ),
+        "licence": texts(["cc0", "", "", "", ""]),
         "tags": jsons([["a", "b"], [], [], [], []]),
         "extra": jsons([{"variant": 1, "phash": "00ff", "source": {"page": at}} for at in range(n)]),
         "sample_index": np.arange(n),
@@ -113,6 +115,11 @@ def rows(stage: WriteShards, result: dict) -> dict[str, dict]:
     return {row["prompt_id"]: row for row in table(stage, result, "samples").to_pylist()}
 
 
+def member_names(path: Path) -> list[str]:
+    with tarfile.open(path) as tar:
+        return tar.getnames()
+
+
 def test_write_puts_each_row_where_its_verdict_says(tmp_path):
     stage, batch = make_stage(tmp_path), make_batch()
     result = run(stage, batch)
@@ -129,7 +136,7 @@ def test_write_puts_each_row_where_its_verdict_says(tmp_path):
     assert row["adapters"] == [{"uri": "lora.safetensors", "sha256": "aa", "weight": 0.5}]
     assert row["inputs"][0]["role"] == "first_frame" and row["tags"] == ["a", "b"] and row["seed"] == 2**63 - 1
     assert row["scores"] == [{"name": "sharpness", "value": 3.0}, {"name": "motion", "value": 0.5}]
-    assert json.loads(row["extra_json"]) == {"variant": 1, "phash": "00ff", "source": {"page": 0}}
+    assert json.loads(row["extra_json"]) == {"variant": 1, "phash": "00ff", "source": {"page": 0}, "licence": "cc0"}
     assert row["split"] == split_of("source 0") and row["nfe"] == 40 and row["device"] == "cpu"
     assert found["p1"]["reasons"] == ["motion 0.02 < 0.25"]
     failure = table(stage, result, "failures").to_pylist()[0]
@@ -153,8 +160,6 @@ def test_write_parts_have_the_schema_of_their_table(tmp_path):
 
 
 def test_write_references_resolve_to_what_they_say(tmp_path):
-    import hashlib
-
     from safetensors.numpy import load
 
     stage, batch = make_stage(tmp_path), make_batch()
@@ -193,8 +198,9 @@ def test_write_keeps_of_rejected_what_is_asked(tmp_path, keep, media, tensors, s
     assert [reference["role"] for reference in row["tensors"]] == tensors
     shards = [name for name in result["media"] if name.startswith("rejected/r1/")]
     assert len(shards) == bool(suffixes)
-    members = tarfile.open(tmp_path / shards[0]).getnames() if shards else []
-    assert members == [f"{row['sample_id']}.{suffix}" for suffix in suffixes]
+    assert (member_names(tmp_path / shards[0]) if shards else []) == [
+        f"{row['sample_id']}.{suffix}" for suffix in suffixes
+    ]
     assert rows(stage, result)["p0"]["tensors"] == []
 
 
@@ -210,7 +216,7 @@ def test_write_of_images_uses_the_image_format(tmp_path):
     result = run(stage, make_batch(num_frames=1))
     reference = rows(stage, result)["p0"]["media"][0]
     assert (reference["role"], reference["mime"]) == ("image", "image/webp")
-    assert {name.split(".")[1] for name in tarfile.open(tmp_path / result["media"][0]).getnames()} == {"webp", "json"}
+    assert {name.split(".")[1] for name in member_names(tmp_path / result["media"][0])} == {"webp", "json"}
 
 
 def test_write_again_gives_equal_rows_and_media_under_other_names(tmp_path):
