@@ -71,6 +71,24 @@ class Storage:
             Path(temporary).unlink(missing_ok=True)
             raise
 
+    def create_bytes(self, name: str, data: bytes) -> bool:
+        """Write a file unless there is one of that name; whether this call made it. Of two callers at once, one does."""
+        path = self.path(name)
+        try:
+            if not self.is_local:
+                self.fs.pipe_file(path, data, mode="create")
+                return True
+            os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
+            temporary = f"{path}.{uuid4().hex[:8]}.tmp"
+            try:
+                Path(temporary).write_bytes(data)
+                os.link(temporary, path)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+        except FileExistsError:
+            return False
+        return True
+
     def read_bytes(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         return bytes(self.fs.cat_file(self.path(name), start=start, end=end))
 

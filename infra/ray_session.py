@@ -1,0 +1,55 @@
+"""A Ray cluster for one run: a running one, or one of this machine that ends with this process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+ROOMS = ("flows", "pipelines", "stages", "models", "infra")
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None, env: dict[str, str], limits: dict[str, float] | None = None) -> Iterator[dict[str, float]]:
+    """Connect to the cluster at `address`, or start one here; yields its CPUs and GPUs, within `limits`.
+
+    Args:
+        address: of a running cluster; None starts one.
+        env: environment of every worker.
+        limits: most `cpus` and `gpus` to use.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+    import ray
+
+    runtime_env: dict[str, Any] = {"env_vars": env}
+    if address is not None:
+        # Other machines have no checkout: send the five rooms, without the packs' weights.
+        runtime_env["py_modules"] = [str(REPO / room) for room in ROOMS]
+        runtime_env["excludes"] = ["*.safetensors", "__pycache__"]
+        runtime_env["env_vars"] = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+    with contextlib.ExitStack() as stack:
+        if not ray.is_initialized():
+            ray.init(
+                address=address,
+                runtime_env=runtime_env,
+                include_dashboard=False if address is None else None,
+                logging_level="ERROR",
+                log_to_driver=os.environ.get("DITMILL_LOG_LEVEL", "").upper() in ("DEBUG", "INFO"),
+                configure_logging=True,
+            )
+            stack.callback(ray.shutdown)
+        found = ray.cluster_resources()
+        asked = limits or {}
+        cpus = min(found.get("CPU", 1.0), asked.get("cpus", float("inf")))
+        gpus = min(found.get("GPU", 0.0), asked.get("gpus", float("inf")))
+        yield {"cpus": cpus, "gpus": gpus}

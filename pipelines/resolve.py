@@ -1,0 +1,271 @@
+"""A spec with all its names looked up: local folders, content hashes, ids, and the stages they make."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from uuid import uuid4
+
+from infra.errors import UserError
+from infra.storage import Storage
+from models.generator import GeneratorRef
+from models.language import LanguageRef
+from models.licences import Licence, licence_of
+from models.multimodal import MultimodalRef
+from models.plan import SamplerPlan
+from models.source import content_sha256, resolve
+from pipelines.identity import generator_id
+from pipelines.spec import Spec, absolute_paths
+from stages.batch import Stage
+from stages.caption import CaptionMedia
+from stages.decode import DecodeLatents
+from stages.encode import EncodeText
+from stages.expand import ExpandPrompts
+from stages.judge import JudgeQuality
+from stages.rubric import Rubric, check_thresholds, load_rubric
+from stages.sample import SampleLatents
+from stages.score import ScoreMedia
+from stages.write import GeneratorFacts, WriteShards
+
+
+@dataclass(frozen=True)
+class Expander:
+    """The language model that expands prompts. Its fingerprint holds all that makes its text what it is."""
+
+    stage: ExpandPrompts
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """One run's spec, looked up. Picklable."""
+
+    spec: Spec
+    run_id: str
+    storage: Storage
+    plan: SamplerPlan
+    generators: tuple[GeneratorRef, ...]
+    facts: tuple[GeneratorFacts, ...]
+    generator_ids: tuple[str, ...]
+    rubric: Rubric
+    judge: MultimodalRef | None
+    captioner: MultimodalRef | None
+    expander: Expander | None
+    licences: tuple[Licence, ...]
+
+    def generating(self) -> tuple[Stage, ...]:
+        layout = self.spec.layout
+        return (
+            EncodeText(self.generators, self.plan, layout.batch_size, layout.threads),
+            SampleLatents(self.generators, self.plan, layout.batch_size, layout.threads),
+            DecodeLatents(self.generators, self.plan, layout.batch_size, layout.threads),
+        )
+
+    def judging(self) -> tuple[Stage, ...]:
+        return (*self.scoring(), *self.captioning(), self.writing())
+
+    def scoring(self) -> tuple[Stage, ...]:
+        """ScoreMedia and, unless the spec has none, the judge."""
+        spec = self.spec
+        score: Stage = ScoreMedia(**spec.score.model_dump())
+        if spec.judge.backend == "none":
+            return (score,)
+        judge = JudgeQuality(
+            rubric=self.rubric,
+            model=self.judge,
+            backend=spec.judge.backend,
+            call=spec.judge.call,
+            version=spec.judge.version,
+            thresholds=tuple(sorted(spec.judge.thresholds.items())),
+            num_frames=spec.judge.num_frames,
+            threads=spec.layout.threads,
+        )
+        return (score, judge)
+
+    def captioning(self) -> tuple[Stage, ...]:
+        caption = self.spec.caption
+        if caption is None or self.captioner is None:
+            return ()
+        return (
+            CaptionMedia(
+                model=self.captioner,
+                styles=caption.styles,
+                max_new_tokens=caption.max_new_tokens,
+                num_frames=caption.num_frames,
+                threads=self.spec.layout.threads,
+                label=caption.model,
+            ),
+        )
+
+    def writing(self) -> Stage:
+        output = self.spec.output
+        return WriteShards(
+            storage=self.storage,
+            run_id=self.run_id,
+            recipe=self.spec.recipe,
+            generators=self.facts,
+            layout_json=self.spec.layout.model_dump_json(),
+            judge=self.judge_name,
+            rubric="" if self.spec.judge.backend == "none" else f"{self.rubric.name}@{self.rubric.sha256[:12]}",
+            code_version=code_version(),
+            keep_rejected=output.keep_rejected,
+            image_format=output.image_format,
+            crf=output.crf,
+            tensors=dict(output.tensors),
+        )
+
+    @property
+    def judge_name(self) -> str:
+        """What a row says of its judge: the model or the code, with what tells one version from another."""
+        judge = self.spec.judge
+        if judge.backend == "call":
+            return f"{judge.call}@{judge.version}"
+        return f"{judge.model}@{content_sha256(self.judge.path)[:12]}" if self.judge else ""
+
+
+def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
+    """Look up everything a spec names. UserErrors name the key that is wrong."""
+    spec = absolute_paths(spec)
+    storage = storage_of(spec)
+    rubric = load_rubric(spec.judge.rubric)
+    if spec.judge.backend == "transformers":
+        check_thresholds(rubric, spec.judge.thresholds)
+    plan = sampler_plan(spec)
+    generators, facts, ids, licences = [], [], [], []
+    for at, generator in enumerate(spec.generators):
+        if generator.teacher_steps:
+            raise UserError(f"generators.{at}.teacher_steps: not available in this version, found {generator.teacher_steps}; remove it")
+        folder = resolve(generator.model, "generator", generator.revision)
+        adapters = [(adapter, resolve(adapter.uri, "adapter")) for adapter in generator.adapters]
+        hashes = [content_sha256(path) for _, path in adapters]
+        sha256 = content_sha256(folder)
+        ref = GeneratorRef(
+            path=folder,
+            adapters=tuple((path, adapter.weight) for adapter, path in adapters),
+            dtype=generator.dtype,
+            offload=spec.layout.offload,
+            compile=spec.layout.compile,
+            vae_tiling=spec.layout.vae_tiling,
+            remote_code=generator.remote_code,
+            revision=generator.revision,
+        )
+        fact = GeneratorFacts(
+            model=generator.model,
+            model_sha256=sha256,
+            plan_id=plan.plan_id,
+            plan_json=plan.to_json(),
+            num_inference_steps=plan.num_inference_steps,
+            guidance_scale=plan.guidance_scale,
+            adapters=tuple(
+                {"uri": adapter.uri, "sha256": digest, "weight": adapter.weight}
+                for (adapter, _), digest in zip(adapters, hashes, strict=True)
+            ),
+        )
+        weights = [(digest, adapter.weight) for (adapter, _), digest in zip(adapters, hashes, strict=True)]
+        generators.append(ref)
+        facts.append(fact)
+        ids.append(generator_id(sha256, weights))
+        licences.append(licence_of(folder, generator.model, _licence_override(generator.licence, generator.may_train)))
+    judge = captioner = None
+    if spec.judge.backend == "transformers":
+        judge = MultimodalRef(resolve(spec.judge.model, "judge", spec.judge.revision))
+        licences.append(licence_of(judge.path, spec.judge.model, None))
+    if spec.caption is not None:
+        captioner = MultimodalRef(resolve(spec.caption.model, "judge", spec.caption.revision))
+        licences.append(licence_of(captioner.path, spec.caption.model, None))
+    expander = _expander(spec)
+    if expander is not None and spec.prompts.expand is not None:
+        licences.append(licence_of(expander.stage.model.path, spec.prompts.expand.model, None))
+    _check_licences(spec, licences)
+    return Resolved(
+        spec=spec,
+        run_id=run_id or new_run_id(),
+        storage=storage,
+        plan=plan,
+        generators=tuple(generators),
+        facts=tuple(facts),
+        generator_ids=tuple(ids),
+        rubric=rubric,
+        judge=judge,
+        captioner=captioner,
+        expander=expander,
+        licences=tuple(dict.fromkeys(licences)),
+    )
+
+
+def storage_of(spec: Spec) -> Storage:
+    settings = spec.output.storage
+    return Storage(spec.output.uri.rstrip("/"), settings.endpoint_url, settings.region, settings.allow_http)
+
+
+def sampler_plan(spec: Spec) -> SamplerPlan:
+    sampler = spec.sampler
+    return SamplerPlan(
+        scheduler=sampler.scheduler,
+        num_inference_steps=sampler.num_inference_steps,
+        guidance_scale=sampler.guidance_scale,
+        shift=sampler.shift,
+        max_sequence_length=sampler.max_sequence_length,
+        accelerate=tuple(json.dumps(item, sort_keys=True) for item in sampler.accelerate),
+    )
+
+
+def new_run_id() -> str:
+    """Sorts by time, and is unique also among runs that start in the same second."""
+    return f"{datetime.now(UTC):%Y%m%dt%H%M%S}-{uuid4().hex[:6]}"
+
+
+@cache
+def code_version() -> str:
+    """Version of ditmill, with the commit where this is a checkout."""
+    try:
+        number = version("ditmill")
+    except PackageNotFoundError:
+        number = "0"
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return number
+    found = subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    return f"{number}+{found.stdout.strip()}" if found.returncode == 0 else number
+
+
+def _expander(spec: Spec) -> Expander | None:
+    expand = spec.prompts.expand
+    if expand is None:
+        return None
+    folder = resolve(expand.model, "expander", expand.revision)
+    stage = ExpandPrompts(
+        model=LanguageRef(folder),
+        instruction=expand.instruction,
+        variants=expand.variants,
+        temperature=expand.temperature,
+        max_new_tokens=expand.max_new_tokens,
+        seed=spec.seed,
+        threads=spec.layout.threads,
+    )
+    # The number of variants is no part of it: more of them keep the first ones.
+    settings = {key: value for key, value in asdict(stage).items() if key not in ("model", "threads", "variants")}
+    text = json.dumps({**settings, "model": content_sha256(folder)}, sort_keys=True)
+    return Expander(stage, hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
+
+
+def _licence_override(name: str | None, may_train: str | None) -> tuple[str | None, str | None] | None:
+    return None if name is None and may_train is None else (name, may_train)
+
+
+def _check_licences(spec: Spec, licences: list[Licence]) -> None:
+    if spec.policy.licences != "refuse":
+        return
+    refused = [licence for licence in licences if licence.may_train != "yes"]
+    if refused:
+        first = refused[0]
+        raise UserError(
+            f"policy.licences: refuse, and {first.name} ({first.why}) says {first.may_train} on training other models;"
+            " choose another model, or give its generator may_train: yes if you have leave"
+        )

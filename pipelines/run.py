@@ -1,0 +1,203 @@
+"""One invocation on a dataset: what it says of itself in `dataset.json` and `runs`, and its steps in order."""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import pyarrow as pa
+
+from infra.commit import Committer, write_part
+from infra.control import Pulse, sweep, sweep_stale
+from infra.errors import UserError
+from infra.schema import RUNS, SCHEMA_VERSION
+from infra.tables import Table, dataset_exists, read_dataset_json
+from infra.telemetry import log
+from pipelines.dedup import RecordReport
+from pipelines.enumeration import Enumeration
+from pipelines.generate import Job, Outcome, Progress, StopRequest, generate
+from pipelines.graph import Group, place
+from pipelines.prompts import commit_prompts
+from pipelines.resolve import Resolved, code_version
+from pipelines.run_log import redact
+
+LIBRARIES = ("torch", "diffusers", "transformers", "ray", "prefect", "deltalake", "pyarrow", "av", "numpy")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a run may use of its Ray cluster."""
+
+    cpus: float
+    gpus: float
+
+
+def open_dataset(run: Resolved) -> None:
+    """Write `dataset.json`, or check that the dataset there is of this recipe and keeps the same tensors."""
+    spec = run.spec
+    wanted = {
+        "name": spec.name,
+        "schema_version": SCHEMA_VERSION,
+        "recipe": spec.recipe,
+        "tensors": dict(spec.output.tensors),
+        "plan": None,
+        "ditmill": code_version(),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    try:
+        if run.storage.create_bytes("dataset.json", json.dumps(wanted, indent=2).encode()):
+            return
+    except OSError as error:
+        raise UserError(
+            f"output.uri: {redact(run.storage.root)} cannot be written ({error.strerror or error}); choose another place"
+        ) from error
+    check_dataset(run)
+
+
+def check_dataset(run: Resolved) -> None:
+    """UserError if the dataset that is there is of another recipe or keeps other tensors."""
+    if not dataset_exists(run.storage):
+        return
+    found = read_dataset_json(run.storage)
+    for key, asked in (("recipe", run.spec.recipe), ("tensors", dict(run.spec.output.tensors))):
+        if found[key] != asked:
+            name = "recipe" if key == "recipe" else "output.tensors"
+            raise UserError(
+                f"{name}: the dataset at {redact(run.storage.root)} was made with {found[key]!r}, found {asked!r};"
+                " what a dataset holds is fixed, so set output.uri to a new one, or change it back"
+            )
+    if found["schema_version"] > SCHEMA_VERSION:
+        raise UserError(
+            f"output.uri: the dataset has schema version {found['schema_version']}, this ditmill knows {SCHEMA_VERSION};"
+            " use a newer ditmill"
+        )
+
+
+def commit_run_row(run: Resolved, event: str, **values: Any) -> None:
+    """Append this run's row for `event` (started or ended) to `runs`."""
+    row: dict[str, Any] = {
+        "run_id": run.run_id,
+        "event": event,
+        "command": redact(" ".join(sys.argv)),
+        "spec_json": redact(run.spec.model_dump_json()),
+        "versions_json": json.dumps({"ditmill": code_version(), "python": platform.python_version(), **_versions()}),
+        "hosts_json": json.dumps([{"host": socket.gethostname(), "machine": platform.machine()}]),
+        "licences_json": json.dumps([asdict(licence) for licence in run.licences]),
+        "created_at": datetime.now(UTC),
+        **values,
+    }
+    table = Table(run.storage, "runs")
+    part = write_part(run.storage, f"runs/{run.run_id}-{event}.parquet", pa.Table.from_pylist([row], RUNS))
+    Committer(table, run.run_id).commit([part])
+
+
+def expand(run: Resolved, groups: Callable[[], tuple[Group, ...]]) -> tuple[Enumeration, RecordReport]:
+    """Commit the run's prompts; the enumeration of its samples."""
+    report = RecordReport()
+    plan_file = commit_prompts(run, groups, report)
+    log().info("prompts", **{key: value for key, value in report.as_dict().items() if key != "examples"})
+    return (
+        Enumeration(
+            storage=run.storage,
+            plan_file=plan_file,
+            samples_per_prompt=run.spec.samples_per_prompt,
+            generator_ids=run.generator_ids,
+            plan_id=run.plan.plan_id,
+        ),
+        report,
+    )
+
+
+def make_samples(
+    run: Resolved,
+    enumeration: Enumeration,
+    groups: Callable[[], tuple[Group, ...]],
+    stop: StopRequest,
+    report: Callable[[Progress], None],
+    retry_failed: bool = False,
+) -> Outcome:
+    """Generate what the dataset lacks; the run's start and end are rows of `runs`."""
+    commit_run_row(run, "started", status="running", plan_file=enumeration.plan_file, planned=len(enumeration))
+    job = Job(
+        storage=run.storage,
+        run_id=run.run_id,
+        enumeration=enumeration,
+        batch_size=run.spec.layout.batch_size,
+        seed=run.spec.seed,
+        target=run.spec.target,
+        budget=run.spec.budget,
+        commit_every=run.spec.output.commit_every,
+        retry_failed=retry_failed,
+    )
+    try:
+        outcome = generate(job, groups, stop, report)
+    except BaseException as error:
+        commit_run_row(
+            run, "ended", status="failed", plan_file=enumeration.plan_file, extra_json=json.dumps({"error": str(error)[:2000]})
+        )
+        raise
+    progress = outcome.progress
+    commit_run_row(
+        run,
+        "ended",
+        status=outcome.status,
+        plan_file=enumeration.plan_file,
+        planned_through=outcome.planned_through,
+        planned=len(enumeration),
+        accepted=progress.accepted,
+        rejected=progress.rejected,
+        failed=progress.failed,
+        allocated_accelerator_seconds=outcome.allocated,
+        overhead_json=json.dumps({name: round(seconds, 4) for name, seconds in outcome.overhead.items()}),
+        reproducible=outcome.reproducible,
+    )
+    return outcome
+
+
+def clean_up(run: Resolved) -> list[str]:
+    """Remove what this run, and runs that died, wrote and never committed."""
+    removed = sweep(run.storage, run.run_id)
+    for swept in sweep_stale(run.storage, but=run.run_id).values():
+        removed += swept
+    Pulse(run.storage, run.run_id).end()
+    return removed
+
+
+def sample_groups(run: Resolved, cluster: Cluster) -> tuple[Group, ...]:
+    """Where the stages of generating run."""
+    compute = run.spec.compute
+    return place(
+        run.generating(),
+        run.judging(),
+        cluster.cpus,
+        cluster.gpus,
+        actors=dict(compute.actors),
+        split=compute.split == "stages" or (compute.split == "auto" and cluster.gpus >= 8),
+        needs_model=run.judge is not None or run.captioner is not None,
+    )
+
+
+def expand_groups(run: Resolved, cluster: Cluster) -> tuple[Group, ...]:
+    """Where prompts are expanded."""
+    assert run.expander is not None
+    gpus = 1.0 if cluster.gpus >= 1 else 0.0
+    return (Group("expand", (run.expander.stage,), 1, 0.5, gpus, on_gpu_cluster=bool(gpus)),)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
