@@ -1,0 +1,57 @@
+"""Packs: small, complete sets of checkpoints that run offline on a CPU. `pack://NAME` in a spec names one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from infra.errors import UserError
+
+
+def cache_dir() -> Path:
+    """Where ditmill keeps what it can make or fetch again: $DITMILL_CACHE, else ~/.cache/ditmill."""
+    return Path(os.environ.get("DITMILL_CACHE") or Path.home() / ".cache" / "ditmill").expanduser().absolute()
+
+
+def _build_tiny(folder: Path) -> None:
+    from models.pack.tiny import build
+
+    build(folder)
+
+
+PACKS: dict[str, tuple[str, Callable[[Path], None]]] = {"tiny": ("1", _build_tiny)}
+"""Version and builder of each pack. A pack's bytes never change under one version: they are part of sample ids."""
+
+
+@cache
+def pack_folder(name: str) -> str:
+    """Folder of the pack `name`, built on first use. It holds one checkpoint folder for each of PARTS.
+
+    Safe with any number of processes at once: each builds under a name of its own, and the first rename wins.
+    """
+    if name not in PACKS:
+        raise UserError(f"pack://{name}: there is no such pack; there are: {', '.join(sorted(PACKS))}")
+    version, build = PACKS[name]
+    folder = cache_dir() / "packs" / f"{name}-{version}"
+    if folder.is_dir():
+        return str(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    try:
+        build(building)
+        building.chmod(0o755)
+        try:
+            building.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return str(folder)
+
+
+PARTS = ("generator", "judge", "expander")

@@ -1,0 +1,275 @@
+"""Generators: a diffusers checkpoint as three functions of arrays, encode, sample and decode.
+
+Each loads only what it computes with, so that encoding, sampling and decoding can live on different machines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra.errors import UserError
+from models.conditions import encode_texts, text_length
+from models.decoding import SCALING, decode, scaling_of
+from models.families import GUIDANCE, Family, family_of
+from models.loading import GeneratorRef, Part, denoiser_of, load_pipeline, read_index
+from models.plan import SamplerPlan
+from models.schedulers import build_scheduler
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Generator", "GeneratorRef", "load_generator"]
+
+Shape = tuple[int, int, int]
+"""Height, width and number of frames."""
+
+
+@cache
+def load_generator(ref: GeneratorRef) -> Generator:
+    """The generator of `ref`, one a process. A checkpoint that cannot be read is a UserError."""
+    return Generator(ref)
+
+
+class Generator:
+    """One checkpoint. `family` is None where its pipeline runs whole: then only `run_whole` and `describe` apply."""
+
+    def __init__(self, ref: GeneratorRef) -> None:
+        self.ref = ref
+        self.pipeline = str(read_index(ref.path)["_class_name"])
+        self.family: Family | None = None if ref.remote_code else family_of(self.pipeline)
+        self._pipes: dict[str, Any] = {}
+        self._schedulers: dict[str, Any] = {}
+        self._schedules: dict[tuple[str, Shape], dict[str, Any]] = {}
+
+    @property
+    def batches(self) -> bool:
+        """Are samples denoised together? If not, padding a batch would only cost time."""
+        return self.family is not None and self.family.batches
+
+    def load(self, part: Part) -> None:
+        """Load what `part` computes with; calling it again costs nothing."""
+        self._pipe(part)
+
+    def check(self, plan: SamplerPlan, height: int, width: int, num_frames: int) -> None:
+        """Raise a UserError that names the key where this generator cannot follow the plan or make the shape."""
+        pipe = self._pipe("sample")
+        self._scheduler(plan)
+        wrong = self.family.shape_error(pipe, height, width, num_frames) if self.family else None
+        if wrong:
+            raise UserError(f"buckets: {wrong}")
+
+    def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
+        """Shape of one sample's latents and noise: (channels, frames, height, width), images without frames."""
+        return self._known.latent_shape(self._pipe("sample"), height, width, num_frames)
+
+    def encode(
+        self, prompts: list[str], negative_prompts: list[str], images: list[np.ndarray], plan: SamplerPlan
+    ) -> dict[str, np.ndarray]:
+        """Conditions by the name of the pipeline's argument, each [n, ...]: float32 embeddings, integer masks.
+
+        `images` are first frames, uint8 [height, width, 3], where the family wants them; empty elsewhere.
+        """
+        conditions = encode_texts(self._known, self._pipe("encode"), prompts, negative_prompts, plan)
+        return conditions | ({"image": np.stack(images)} if self._known.inputs else {})
+
+    def sample(
+        self,
+        conditions: dict[str, np.ndarray],
+        noise: np.ndarray,
+        plan: SamplerPlan,
+        height: int,
+        width: int,
+        num_frames: int,
+        fps: float,
+    ) -> tuple[np.ndarray, int]:
+        """Latents [n, *latent_shape] float32 from noise of that shape, and denoiser evaluations for each sample.
+
+        Latents are the denoiser's own, scaled as `describe` says.
+        """
+        shape = (height, width, num_frames)
+        self.check(plan, *shape)
+        step = len(noise) if self._known.batches else 1
+        results = [
+            self._sample(
+                {name: value[start : start + step] for name, value in conditions.items()},
+                noise[start : start + step],
+                plan,
+                shape,
+                fps,
+            )
+            for start in range(0, len(noise), step)
+        ]
+        return np.concatenate([latents for latents, _ in results]), results[0][1]
+
+    def decode(self, latents: np.ndarray, height: int, width: int, num_frames: int) -> np.ndarray:
+        """Pixels [n, num_frames, height, width, 3] uint8 RGB of latents [n, *latent_shape]."""
+        return decode(self._known, self._pipe("decode"), latents, height, width, num_frames)
+
+    def run_whole(
+        self,
+        prompts: list[str],
+        negative_prompts: list[str],
+        noise_keys: list[str],
+        plan: SamplerPlan,
+        height: int,
+        width: int,
+        num_frames: int,
+        fps: float,
+    ) -> tuple[np.ndarray, int]:
+        """Frames [n, num_frames, height, width, 3] uint8, and evaluations for each sample, by a pipeline of no family."""
+        from models.whole import run_whole
+
+        pipe = self._pipe("sample")
+        frames = []
+        with _Evaluations(pipe) as evaluations:
+            for sample in zip(prompts, negative_prompts, noise_keys, strict=True):
+                pipe.scheduler = self._scheduler(plan)
+                frames.append(run_whole(pipe, *sample, plan, height, width, num_frames, fps))
+        self._remember(plan, (height, width, num_frames))
+        return np.stack(frames), evaluations.rows // len(frames)
+
+    def describe(self, plan: SamplerPlan, height: int, width: int, num_frames: int) -> dict[str, Any]:
+        """What `plan` means here, for `plan_json`: scheduler, guidance, text length, latent layout and scaling.
+
+        `sigmas` and `timesteps` are those that the pipeline used; they are there once a sample of this shape was made.
+        """
+        import diffusers
+
+        pipe = self._pipe("sample")
+        scheduler = self._scheduler(plan)
+        config = {name: _plain(value) for name, value in scheduler.config.items() if not name.startswith("_")}
+        facts: dict[str, Any] = {
+            "plan": json.loads(plan.to_json()),
+            "pipeline": self.pipeline,
+            "diffusers": diffusers.__version__,
+            "dtype": str(denoiser_of(pipe).dtype).removeprefix("torch."),
+            "scheduler": type(scheduler).__name__,
+            "scheduler_config": config,
+            "shift": config.get("flow_shift", config.get("shift")),
+            "guidance_scale": plan.guidance_scale,
+            **self._schedules.get((plan.plan_id, (height, width, num_frames)), {}),
+        }
+        if self.family is None:
+            return facts
+        latents = {
+            "layout": self.family.layout,
+            "shape": list(self.latent_shape(height, width, num_frames)),
+            "scaling": SCALING,
+            **scaling_of(pipe.vae),
+        }
+        return facts | {
+            "family": self.family.name,
+            "guidance": GUIDANCE[self.family.guidance],
+            "max_sequence_length": text_length(self.family, pipe, plan),
+            "latents": latents,
+        }
+
+    @property
+    def _known(self) -> Family:
+        if self.family is None:
+            raise UserError(f"generators.model: {self.pipeline} runs whole; it cannot encode, sample and decode apart")
+        return self.family
+
+    def _pipe(self, part: Part) -> Any:
+        """The pipeline for a part; one that is loaded already and holds what the part needs serves it too."""
+        if self.family is None or self.ref.adapters or (part == "decode" and "sample" in self._pipes):
+            part = "sample"
+        if part not in self._pipes:
+            self._pipes[part] = load_pipeline(self.ref, self.family, part)
+            self._schedulers[part] = self._pipes[part].scheduler
+        return self._pipes[part]
+
+    def _scheduler(self, plan: SamplerPlan) -> Any:
+        """A fresh one each time: schedulers remember the last samples they saw."""
+        self._pipe("sample")
+        return build_scheduler(self._schedulers["sample"], plan)
+
+    def _sample(
+        self, conditions: dict[str, np.ndarray], noise: np.ndarray, plan: SamplerPlan, shape: Shape, fps: float
+    ) -> tuple[np.ndarray, int]:
+        import torch
+
+        family, pipe = self._known, self._pipe("sample")
+        dtype, device = denoiser_of(pipe).dtype, pipe._execution_device
+        arguments: dict[str, Any] = {
+            "num_inference_steps": plan.num_inference_steps,
+            "height": shape[0],
+            "width": shape[1],
+            "output_type": "latent",
+            "generator": [_step_noise(row) for row in noise],
+            **family.guidance_arguments(plan.guidance_scale),
+            **dict(family.call),
+        }
+        if family.media == "video":
+            arguments["num_frames"] = shape[2]
+        if family.packing == "video_tokens":
+            arguments["frame_rate"] = fps
+        arguments |= {name: _argument(value, dtype, device) for name, value in conditions.items()}
+        pipe.scheduler = self._scheduler(plan)
+        latents = torch.from_numpy(np.ascontiguousarray(noise)).to(device, family.noise_dtype(dtype))
+        with torch.inference_mode(), _Evaluations(pipe) as evaluations:
+            output = pipe(latents=family.pack(pipe, latents), **arguments)
+            latents = family.unpack(pipe, output[0], noise.shape[1:])
+        self._remember(plan, shape)
+        return latents.float().cpu().numpy(), evaluations.rows // len(noise)
+
+    def _remember(self, plan: SamplerPlan, shape: Shape) -> None:
+        scheduler = self._pipe("sample").scheduler
+        self._schedules[plan.plan_id, shape] = {
+            name: np.asarray(getattr(scheduler, name).cpu(), dtype=np.float64).tolist()
+            for name in ("sigmas", "timesteps")
+            if getattr(scheduler, name, None) is not None
+        }
+
+
+class _Evaluations:
+    """Counts the rows that go through the denoiser: the true cost, whatever the scheduler's order and the guidance."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.rows = 0
+        found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet"))
+        self._modules = [module for module in found if module is not None]
+
+    def __enter__(self) -> _Evaluations:
+        self._handles = [
+            module.register_forward_pre_hook(self._count, with_kwargs=True, prepend=True) for module in self._modules
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _count(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        self.rows += len(first)
+
+
+def _argument(value: np.ndarray, dtype: torch.dtype, device: torch.device) -> Any:
+    """A condition as the pipeline takes it: embeddings in the denoiser's precision, masks as they are, images as PIL."""
+    import torch
+
+    if value.dtype == np.uint8:
+        from PIL import Image
+
+        return Image.fromarray(value[0])
+    tensor = torch.from_numpy(np.ascontiguousarray(value)).to(device)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _plain(value: Any) -> Any:
+    """A configuration's value as JSON has it: infinities become text."""
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _step_noise(noise: np.ndarray) -> torch.Generator:
+    """For schedulers that add noise at each step: a generator of the sample's own, seeded by its first noise."""
+    import torch
+
+    digest = hashlib.blake2b(np.ascontiguousarray(noise).tobytes(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

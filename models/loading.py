@@ -1,0 +1,159 @@
+"""Loading a diffusers checkpoint, whole or the part that a stage computes with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from infra.errors import UserError
+from models.families import Family
+
+if TYPE_CHECKING:
+    import torch
+
+Part = Literal["encode", "sample", "decode"]
+
+_TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_DENOISER = ("transformer", "transformer_2", "unet")
+_WITHOUT: dict[Part, tuple[str, ...]] = {
+    "encode": (*_DENOISER, "vae", "image_encoder"),
+    "sample": _TEXT,
+    "decode": (*_TEXT, *_DENOISER, "image_encoder"),
+}
+"""Components that a part leaves on disk."""
+
+
+@dataclass(frozen=True)
+class GeneratorRef:
+    """What to load and how. `path` is a local folder, see `models.source.resolve`; adapters are (path, weight)."""
+
+    path: str
+    adapters: tuple[tuple[str, float], ...] = ()
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    offload: Literal["none", "model", "sequential"] = "none"
+    compile: bool = False
+    vae_tiling: bool = False
+    remote_code: str | None = None
+    revision: str | None = None
+
+
+def read_index(path: str) -> dict[str, Any]:
+    """The checkpoint's model_index.json: its pipeline class and components."""
+    try:
+        index = json.loads((Path(path) / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"generators.model: {path}: model_index.json cannot be read ({error})") from error
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise UserError(f"generators.model: {path}: model_index.json names no pipeline (_class_name)")
+    return index
+
+
+def load_pipeline(ref: GeneratorRef, family: Family | None, part: Part) -> Any:
+    """A diffusers pipeline on its device. A family's holds what `part` needs; any other is loaded whole."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    be_quiet()
+    device = device_of(ref)
+    dtype = dtype_of(ref)
+    arguments: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
+    if family is not None:
+        components = read_index(ref.path)
+        if not ref.adapters:  # an adapter may reach the text encoder too
+            arguments |= {name: None for name in _WITHOUT[part] if name in components}
+        if family.float32_vae and "vae" not in arguments:
+            arguments["dtype"] = {"default": dtype, "vae": torch.float32}
+    if ref.remote_code:
+        arguments |= {"custom_pipeline": ref.remote_code, "custom_revision": ref.revision, "trust_remote_code": True}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(ref.path, **arguments)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"generators.model: {ref.path} cannot be loaded ({_first_line(error)})") from error
+    _add_adapters(pipe, ref)
+    pipe.set_progress_bar_config(disable=True)
+    _place(pipe, ref, device)
+    return pipe
+
+
+def device_of(ref: GeneratorRef) -> str:
+    import torch
+
+    if ref.device != "auto":
+        return ref.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dtype_of(ref: GeneratorRef) -> torch.dtype:
+    """Precision of the denoiser: auto is bfloat16 on an accelerator and float32 on a CPU."""
+    import torch
+
+    name = ref.dtype
+    if name == "auto":
+        name = "float32" if device_of(ref) == "cpu" else "bfloat16"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """The network that is evaluated at each step; of two, the first that is there."""
+    found = (getattr(pipe, name, None) for name in _DENOISER)
+    denoiser = next((module for module in found if module is not None), None)
+    if denoiser is None:
+        raise UserError(f"generators.model: {type(pipe).__name__} has none of {', '.join(_DENOISER)}")
+    return denoiser
+
+
+def _add_adapters(pipe: Any, ref: GeneratorRef) -> None:
+    names = []
+    for number, (path, _) in enumerate(ref.adapters):
+        file = Path(path)
+        where = {"weight_name": file.name} if file.is_file() else {}
+        try:
+            pipe.load_lora_weights(
+                str(file.parent if file.is_file() else file),
+                adapter_name=f"adapter_{number}",
+                use_safetensors=True,
+                **where,
+            )
+        except Exception as error:
+            raise UserError(f"generators.adapters: {path} does not fit {ref.path} ({_first_line(error)})") from error
+        names.append(f"adapter_{number}")
+    if names:
+        pipe.set_adapters(names, [weight for _, weight in ref.adapters])
+
+
+def _place(pipe: Any, ref: GeneratorRef, device: str) -> None:
+    if ref.vae_tiling and getattr(pipe, "vae", None) is not None and hasattr(pipe.vae, "enable_tiling"):
+        pipe.vae.enable_tiling()
+    if device == "cpu":
+        pipe.to(device)
+        return
+    if ref.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif ref.offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    if ref.compile:
+        for name in _DENOISER:
+            if (module := getattr(pipe, name, None)) is not None:
+                module.compile()
+
+
+def be_quiet() -> None:
+    """No progress bars: a worker's output is a log."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

@@ -1,0 +1,175 @@
+"""Where a model comes from: the name in a spec becomes a local folder, and the folder an identity.
+
+Only safetensors are read. A checkpoint that has nothing but pickles is refused, because loading one runs its code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from infra.errors import UserError
+from models.pack import PARTS, cache_dir, pack_folder
+
+LOADED = (".safetensors", ".json", ".txt", ".model", ".jinja")
+"""Suffixes of the files that loaders read: these are hashed, and these are fetched."""
+DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+_KEYS = {
+    "generator": "generators.model",
+    "judge": "judge.model",
+    "expander": "prompts.expand.model",
+    "adapter": "generators.adapters.uri",
+}
+_INDEX = {"generator": "model_index.json", "judge": "config.json", "expander": "config.json"}
+
+
+def resolve(uri: str, part: str, revision: str | None = None) -> str:
+    """Local path of a model: a folder, or for `part='adapter'` also one safetensors file.
+
+    `uri` is pack://NAME, a local path, an fsspec URL (fetched once into the cache) or a hub id; `part` is generator,
+    judge, expander or adapter. A UserError names the key of the spec that is wrong.
+    """
+    key = _KEYS[part]
+    if uri.startswith("pack://"):
+        if part not in PARTS:
+            raise UserError(f"{key}: {uri} has no {part}; a pack has: {', '.join(PARTS)}")
+        path = Path(pack_folder(uri.removeprefix("pack://").strip("/"))) / part
+    elif "://" in uri:
+        path = _fetch(uri, key)
+    else:
+        local = Path(uri).expanduser()
+        path = local.absolute() if local.exists() or _looks_local(uri) else _from_hub(uri, key, revision)
+    _check(path, part, uri, key)
+    return str(path)
+
+
+def content_sha256(path: str) -> str:
+    """sha256 of a model's content: of the sorted (relative path, sha256) of each file that loaders read.
+
+    Hashes of large files are kept in the cache by (path, size, mtime). Documentation is not content.
+    """
+    root = Path(path)
+    files = (
+        [root] if root.is_file() else sorted(_loaded_files(root), key=lambda file: file.relative_to(root).as_posix())
+    )
+    total = hashlib.sha256()
+    for file in files:
+        name = file.name if file == root else file.relative_to(root).as_posix()
+        total.update(f"{name}\0{_file_sha256(file)}\n".encode())
+    return total.hexdigest()
+
+
+def _looks_local(uri: str) -> bool:
+    return uri.startswith((".", "/", "~")) or uri.count("/") != 1
+
+
+def _loaded_files(root: Path) -> Iterable[Path]:
+    for file in root.rglob("*"):
+        hidden = any(name.startswith(".") for name in file.relative_to(root).parts)
+        if file.suffix in LOADED and file.is_file() and not hidden:
+            yield file
+
+
+def _check(path: Path, part: str, uri: str, key: str) -> None:
+    if not path.exists():
+        raise UserError(f"{key}: {uri} does not exist; give pack://tiny, a local folder, an fsspec URL or a hub id")
+    if path.is_file():
+        if part != "adapter":
+            raise UserError(f"{key}: {uri} is a file; expected a checkpoint folder with {_INDEX[part]}")
+        if path.suffix != ".safetensors":
+            raise UserError(f"{key}: {uri} is not a .safetensors file; no other format of weights is read")
+        return
+    names = [file.name for file in path.rglob("*") if file.is_file()]
+    if not any(name.endswith(".safetensors") for name in names):
+        if any(name.endswith(PICKLES) for name in names):
+            raise UserError(
+                f"{key}: {uri} holds pickled weights only, which run code when loaded; convert it to safetensors"
+            )
+        raise UserError(f"{key}: {uri} holds no .safetensors weights; it is no checkpoint folder")
+    index = _INDEX.get(part)
+    if index and not (path / index).is_file():
+        raise UserError(f"{key}: {uri} has no {index}; give the folder that holds it")
+
+
+def _from_hub(uri: str, key: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"*{suffix}" for suffix in LOADED] + list(DOCUMENTS)
+    try:
+        return Path(snapshot_download(uri, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{key}: {uri} is neither a local folder nor a model that can be fetched from the hub "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _fetch(uri: str, key: str) -> Path:
+    """A copy of an fsspec folder in the cache, whole or absent."""
+    import fsspec
+
+    target = cache_dir() / "models" / hashlib.sha256(uri.encode()).hexdigest()[:32]
+    if target.exists():
+        return _only_file(target, uri)
+    try:
+        fs, remote = fsspec.core.url_to_fs(uri)
+        names = [remote] if fs.isfile(remote) else fs.find(remote)
+    except Exception as error:
+        raise UserError(
+            f"{key}: {uri} cannot be listed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
+    wanted = [name for name in names if name.endswith(LOADED) or PurePosixPath(name).name in DOCUMENTS]
+    if not any(name.endswith(".safetensors") for name in wanted):
+        found = "only pickled weights" if any(name.endswith(PICKLES) for name in names) else "no safetensors"
+        raise UserError(f"{key}: {uri} holds {found}; give a checkpoint folder with safetensors")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fetching = Path(tempfile.mkdtemp(prefix=".fetch-", dir=target.parent))
+    try:
+        for name in wanted:
+            relative = PurePosixPath(name).name if name == remote else name.removeprefix(remote).lstrip("/")
+            local = fetching / relative
+            local.parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(name, str(local))
+        try:
+            fetching.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(fetching, ignore_errors=True)
+    return _only_file(target, uri)
+
+
+def _only_file(folder: Path, uri: str) -> Path:
+    single = folder / PurePosixPath(uri).name
+    return single if uri.endswith(".safetensors") and single.is_file() else folder
+
+
+def _file_sha256(file: Path) -> str:
+    status = file.stat()
+    if status.st_size < 1 << 20:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    entry = cache_dir() / "sha256" / f"{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:32]}.json"
+    known = [status.st_size, status.st_mtime_ns]
+    try:
+        size, mtime, digest = json.loads(entry.read_text())
+        if [size, mtime] == known:
+            return str(digest)
+    except (OSError, ValueError):
+        pass
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=entry.parent)
+    with os.fdopen(handle, "w") as out:
+        json.dump([*known, digest], out)
+    Path(temporary).replace(entry)
+    return digest

@@ -1,0 +1,103 @@
+"""EncodeText: prompts become the tensors that a generator's denoiser is conditioned on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from models.generator import Generator, GeneratorRef, load_generator
+from models.inputs import InputError, first_frame
+from models.plan import SamplerPlan
+from stages.batch import Batch, size, texts
+
+PREFIX = "cond."
+LONGEST_PROMPT = 20_000
+"""Characters. No text encoder reads as many; a record that holds more is a mistake."""
+
+
+@dataclass(frozen=True)
+class EncodeText:
+    """Adds `cond.*`: for each sample, what its generator's pipeline takes as embeddings, masks and first frame.
+
+    A pipeline that runs whole adds nothing. Fails samples as `empty_prompt`, `bad_text` (not valid Unicode),
+    `prompt_too_long` and `bad_input` (a first frame that is missing or unreadable).
+    """
+
+    generators: tuple[GeneratorRef, ...]
+    plan: SamplerPlan
+    batch_size: int
+    threads: int = 1
+
+    name: ClassVar[str] = "encode"
+    reads: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt", "inputs", "generator", "height", "width")
+    adds: ClassVar[tuple[str, ...]] = ("cond.*",)
+    skips_rejected: ClassVar[bool] = False
+
+    def load(self) -> None:
+        import torch
+
+        torch.set_num_threads(self.threads)
+        for ref in self.generators:
+            load_generator(ref).load("encode")
+
+    def __call__(self, batch: Batch) -> Batch:
+        generator = load_generator(self.generators[int(batch["generator"][0])])
+        problems = [
+            _problem(prompt, negative)
+            for prompt, negative in zip(batch["prompt"], batch["negative_prompt"], strict=True)
+        ]
+        images: list[np.ndarray | None] = [None] * size(batch)
+        if generator.family is not None and generator.family.inputs:
+            height, width = int(batch["height"][0]), int(batch["width"][0])
+            for row, text in enumerate(batch["inputs"]):
+                try:
+                    images[row] = first_frame(json.loads(text or "[]"), height, width)
+                except InputError as error:
+                    problems[row] = problems[row] or ("bad_input", str(error))
+        result = dict(batch)
+        if any(problems):
+            blamed = zip(problems, batch["error_type"], batch["error"], strict=True)
+            marks = [problem or (kind, text) for problem, kind, text in blamed]
+            result["error_type"] = texts([kind for kind, _ in marks])
+            result["error"] = texts([text for _, text in marks])
+        good = np.array([row for row, problem in enumerate(problems) if not problem], dtype=np.int64)
+        if generator.family is not None and len(good):
+            result |= self._encode(generator, batch, images, good)
+        return result
+
+    def _encode(self, generator: Generator, batch: Batch, images: list[Any], good: np.ndarray) -> Batch:
+        rows = padded(good, self.batch_size)
+        conditions = generator.encode(
+            [str(batch["prompt"][row]) for row in rows],
+            [str(batch["negative_prompt"][row]) for row in rows],
+            [images[row] for row in rows if images[row] is not None],
+            self.plan,
+        )
+        columns = {}
+        for name, value in conditions.items():
+            column = np.zeros((size(batch), *value.shape[1:]), dtype=value.dtype)
+            column[good] = value[: len(good)]
+            columns[PREFIX + name] = column
+        return columns
+
+
+def padded(rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """`rows`, filled up with the first of them: torch's last bits depend on the size of a batch."""
+    missing = max(0, batch_size - len(rows))
+    return np.concatenate([rows, np.repeat(rows[:1], missing)])
+
+
+def _problem(prompt: Any, negative_prompt: Any) -> tuple[str, str] | None:
+    if not str(prompt or "").strip():
+        return "empty_prompt", "the prompt is empty"
+    for name, text in (("prompt", str(prompt)), ("negative_prompt", str(negative_prompt or ""))):
+        if len(text) > LONGEST_PROMPT:
+            return "prompt_too_long", f"the {name} has {len(text):,} characters; at most {LONGEST_PROMPT:,} are read"
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return "bad_text", f"the {name} is not valid Unicode at character {error.start}"
+    return None

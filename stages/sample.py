@@ -1,0 +1,76 @@
+"""SampleLatents: noise and conditions become latents."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from models.generator import Generator, GeneratorRef, load_generator
+from models.noise import standard_normal
+from models.plan import SamplerPlan
+from stages.batch import Batch, size, texts
+from stages.encode import PREFIX, padded
+
+
+@dataclass(frozen=True)
+class SampleLatents:
+    """Adds `latents` [n, channels, frames, height, width] float32 (images: no frames), `nfe` int64 and `plan_json`.
+
+    Each sample starts from its own noise, and is denoised in a batch of exactly `batch_size`. A pipeline that runs whole
+    adds `frames` instead of `latents`. Fails samples as `nan_latents`.
+    """
+
+    generators: tuple[GeneratorRef, ...]
+    plan: SamplerPlan
+    batch_size: int
+    threads: int = 1
+
+    name: ClassVar[str] = "sample"
+    reads: ClassVar[tuple[str, ...]] = ("cond.*", "noise_key", "generator", "height", "width", "num_frames", "fps")
+    adds: ClassVar[tuple[str, ...]] = ("latents", "nfe", "plan_json")
+    skips_rejected: ClassVar[bool] = False
+
+    def load(self) -> None:
+        import torch
+
+        torch.set_num_threads(self.threads)
+        for ref in self.generators:
+            load_generator(ref).load("sample")
+
+    def __call__(self, batch: Batch) -> Batch:
+        generator = load_generator(self.generators[int(batch["generator"][0])])
+        shape = (int(batch["height"][0]), int(batch["width"][0]), int(batch["num_frames"][0]))
+        fps = float(batch["fps"][0])
+        result = dict(batch)
+        if generator.family is None:
+            result["frames"], nfe = generator.run_whole(
+                list(batch["prompt"]), list(batch["negative_prompt"]), list(batch["noise_key"]), self.plan, *shape, fps
+            )
+        else:
+            latents, nfe = self._sample(generator, batch, shape, fps)
+            finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
+            if not finite.all():
+                for name, text in (("error_type", "nan_latents"), ("error", "the latents are not finite")):
+                    result[name] = np.where(finite, batch[name], texts([text] * len(latents)))
+                latents[~finite] = 0
+            result["latents"] = latents
+        described = json.dumps(generator.describe(self.plan, *shape), sort_keys=True)
+        result["nfe"] = np.full(size(batch), nfe, dtype=np.int64)
+        result["plan_json"] = texts([described] * size(batch))
+        return result
+
+    def _sample(
+        self, generator: Generator, batch: Batch, shape: tuple[int, int, int], fps: float
+    ) -> tuple[np.ndarray, int]:
+        count = size(batch)
+        rows = padded(np.arange(count), self.batch_size if generator.batches else count)
+        latent_shape = generator.latent_shape(*shape)
+        noise = np.stack([standard_normal(key, latent_shape) for key in batch["noise_key"]])
+        conditions = {
+            name.removeprefix(PREFIX): value[rows] for name, value in batch.items() if name.startswith(PREFIX)
+        }
+        latents, nfe = generator.sample(conditions, noise[rows], self.plan, *shape, fps)
+        return latents[:count], nfe
