@@ -137,11 +137,7 @@ def _encode_video(frames: np.ndarray, fps: float, crf: int) -> Encoded:
     ) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {
-            "crf": str(crf),
-            "preset": PRESET,
-            "x264-params": "threads=1:lookahead-threads=1:cpu-independent=1",
-        }
+        stream.options = {"crf": str(crf), "preset": PRESET, "x264-params": "cpu-independent=1"}
         context = stream.codec_context
         context.thread_count = 1
         context.colorspace = context.color_primaries = context.color_trc = BT709
