@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from infra.errors import UserError
+from models.chat import control_tokens, explain, plain_text, prepare, starts_itself
 from models.placement import device_of, dtype_of, quiet
 
 if TYPE_CHECKING:
@@ -57,15 +59,15 @@ class Language:
                 model = AutoModelForCausalLM.from_pretrained(ref.path, dtype=dtype_of(ref.dtype, self.device))
             except Exception as error:
                 raise UserError(
-                    f"{ref.path}: cannot be loaded as a language model ({type(error).__name__}: "
-                    f"{' '.join(str(error).split())[:300]}); expected a checkpoint that transformers' "
-                    "AutoModelForCausalLM takes"
+                    f"prompts.expand.model: {ref.path}: cannot be loaded as a language model ({explain(error)}); "
+                    "expected a checkpoint for transformers' AutoModelForCausalLM"
                 ) from error
         self.model = model.to(self.device).eval()
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._control = [token for token in self.tokenizer.get_added_vocab() if token.strip()]
+        self.context = min(
+            getattr(self.model.config, "max_position_embeddings", TOKENS_PER_FORWARD), TOKENS_PER_FORWARD
+        )
+        prepare(self.tokenizer)
+        self._control = control_tokens(self.tokenizer)
 
     def expand(
         self, prompts: list[str], instruction: str, variants: int, temperature: float, max_new_tokens: int, seed: int
@@ -73,55 +75,48 @@ class Language:
         """`variants` rewritings of each prompt, in the order of `prompts`.
 
         `instruction` contains {prompt}. At `temperature` 0 the most likely text is taken, and all variants are equal. Each
-        text is stripped of quotes, labels and line breaks; where nothing is left, the prompt itself stands in.
+        text is one line, without quotes and labels. Where nothing is left, or a prompt is longer than the model
+        reads, the prompt itself stands in.
         """
-        rows = [(prompt, variant) for prompt in prompts for variant in range(variants)]
-        conversations = [self._conversation(instruction, prompt) for prompt, _ in rows]
-        noise = (
-            np.stack([_uniform(seed, prompt, variant, max_new_tokens) for prompt, variant in rows]) if rows else None
-        )
-        texts: list[str] = []
-        while len(texts) < len(rows):
-            start = len(texts)
-            inputs = self._inputs(conversations[start:], max_new_tokens)
-            here = slice(start, start + len(inputs["input_ids"]))
-            texts.extend(self._answer(inputs, temperature, max_new_tokens, noise[here]))  # type: ignore[index]
-        cleaned = [clean(text) or prompt for text, (prompt, _) in zip(texts, rows, strict=True)]
-        return [cleaned[start : start + variants] for start in range(0, len(cleaned), variants)]
+        conversations = [self._tokens(instruction, prompt) for prompt in prompts]
+        rows = [
+            (at, variant)
+            for at, tokens in enumerate(conversations)
+            for variant in range(variants)
+            if len(tokens) + max_new_tokens <= self.context
+        ]
+        expansions = [[prompt] * variants for prompt in prompts]
+        for chunk in _chunks(rows, [len(tokens) + max_new_tokens for tokens in conversations]):
+            noise = np.stack([_uniform(seed, prompts[at], variant, max_new_tokens) for at, variant in chunk])
+            answers = self._answer([conversations[at] for at, _ in chunk], temperature, noise)
+            for (at, variant), answer in zip(chunk, answers, strict=True):
+                expansions[at][variant] = clean(answer) or prompts[at]
+        return expansions
 
-    def _conversation(self, instruction: str, prompt: str) -> str:
-        for token in self._control:  # a prompt that spells a control token must not open a turn
-            prompt = prompt.replace(token, " ")
-        text = instruction.replace("{prompt}", prompt)
+    def _tokens(self, instruction: str, prompt: str) -> list[int]:
+        text = instruction.replace("{prompt}", plain_text(prompt, self._control))
         if self.tokenizer.chat_template is None:
-            return f"{text}\n"
-        messages = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
+            return self.tokenizer.encode(f"{text}\n")
+        conversation = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )
+        return self.tokenizer.encode(
+            conversation, add_special_tokens=not starts_itself(self.tokenizer, conversation), verbose=False
         )
 
-    def _inputs(self, conversations: list[str], max_new_tokens: int) -> Any:
-        """The first of `conversations`, as many as `TOKENS_PER_FORWARD` allows, padded on the left."""
-        encoded = self.tokenizer(conversations, add_special_tokens=self.tokenizer.chat_template is None)["input_ids"]
-        longest, rows = 0, 0
-        for tokens in encoded:
-            longest = max(longest, len(tokens) + max_new_tokens)
-            if rows and longest * (rows + 1) > TOKENS_PER_FORWARD:
-                break
-            rows += 1
-        return self.tokenizer.pad({"input_ids": encoded[:rows]}, return_tensors="pt").to(self.device)
-
-    def _answer(self, inputs: Any, temperature: float, max_new_tokens: int, noise: np.ndarray) -> list[str]:
+    def _answer(self, conversations: list[list[int]], temperature: float, noise: np.ndarray) -> list[str]:
+        """One answer to each conversation. `noise` is [n, max_new_tokens], each row's own uniform numbers."""
         import torch
         from transformers import LogitsProcessorList
 
+        inputs = self.tokenizer.pad({"input_ids": conversations}, return_tensors="pt").to(self.device)
         length = inputs["input_ids"].shape[1]
         processors = LogitsProcessorList([_Draw(temperature, noise, length)] if temperature > 0 else [])
         with torch.inference_mode():
             tokens = self.model.generate(
                 **inputs,
                 logits_processor=processors,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=noise.shape[1],
                 do_sample=False,
                 num_beams=1,
                 temperature=None,
@@ -153,6 +148,19 @@ class _Draw:
         point = self.noise[:, step, None].to(mass) * mass[:, -1:]
         drawn = torch.searchsorted(mass, point, right=True).clamp_(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+def _chunks(rows: list[tuple[int, int]], lengths: list[int]) -> Iterator[list[tuple[int, int]]]:
+    """Rows (prompt, variant) in order, as many at once as `TOKENS_PER_FORWARD` allows once they are padded."""
+    chunk: list[tuple[int, int]] = []
+    for row in rows:
+        longest = max(lengths[at] for at, _ in [*chunk, row])
+        if chunk and longest * (len(chunk) + 1) > TOKENS_PER_FORWARD:
+            yield chunk
+            chunk = []
+        chunk.append(row)
+    if chunk:
+        yield chunk
 
 
 def _uniform(seed: int, prompt: str, variant: int, count: int) -> np.ndarray:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from infra.errors import UserError
+from models.chat import control_tokens, explain, plain_text, prepare, starts_itself
 from models.placement import device_of, dtype_of, quiet
 
 if TYPE_CHECKING:
@@ -60,23 +62,32 @@ class Multimodal:
                 self.processor = AutoProcessor.from_pretrained(ref.path)
                 model = AutoModelForImageTextToText.from_pretrained(ref.path, dtype=dtype_of(ref.dtype, self.device))
             except Exception as error:
+                hint = (
+                    ""
+                    if find_spec("torchvision")
+                    else "; this environment has no torchvision, which Qwen-VL and SmolVLM need"
+                )
                 raise UserError(
-                    f"{ref.path}: cannot be loaded as a multimodal model ({type(error).__name__}: {_line(error)}); "
-                    "expected a checkpoint that transformers' AutoModelForImageTextToText takes"
+                    f"judge.model, caption.model: {ref.path}: cannot be loaded as a multimodal model ({explain(error)}); "
+                    f"expected a checkpoint for transformers' AutoModelForImageTextToText{hint}"
                 ) from error
+        if self.processor.chat_template is None:
+            raise UserError(
+                f"judge.model, caption.model: {ref.path}: its processor has no chat template; add chat_template.jinja"
+            )
         self.model = model.to(self.device).eval()
+        self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.tokenizer = self.processor.tokenizer
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        prepare(self.tokenizer)
+        self._control = control_tokens(self.tokenizer)
         self._yes, self._no = self._answers("Yes"), self._answers("No")
-        self._control = [token for token in self.tokenizer.get_added_vocab() if token.strip()]
 
     def p_yes(self, frames: np.ndarray, questions: list[list[str]]) -> np.ndarray:
         """The probability of "Yes" over "Yes" and "No" at the first position of the answer.
 
-        `frames` is uint8 [n, T, H, W, 3] (images: T = 1), `questions` holds q texts for each clip. Returns float32 [n, q];
-        NaN where the model's logits are not finite.
+        `frames` is uint8 [n, T, H, W, 3] (images: T = 1), `questions` holds q texts for each clip. Returns
+        float32 [n, q]; NaN where the model's logits are not finite. Raises ValueError where a question and the frames
+        are more than the model reads.
         """
         import torch
 
@@ -124,6 +135,11 @@ class Multimodal:
             return
         longest = max(pairs, key=lambda pair: len(pair[1]))
         tokens = self._inputs([longest])["input_ids"].shape[1] + max_new_tokens
+        if self.context and tokens > self.context:
+            raise ValueError(
+                f"{longest[0].shape[0]} frames and a question are {tokens} tokens, and the model reads {self.context}; "
+                "lower judge.num_frames or caption.num_frames, or shorten the prompt"
+            )
         rows = max(1, TOKENS_PER_FORWARD // tokens)
         for start in range(0, len(pairs), rows):
             yield self._inputs(pairs[start : start + rows])
@@ -133,13 +149,14 @@ class Multimodal:
 
         images = [[Image.fromarray(frame) for frame in clip] for clip, _ in pairs]
         prompts = [self._prompt(len(clip), text) for clip, text in pairs]
-        inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt")
+        options: dict[str, Any] = {"add_special_tokens": not starts_itself(self.tokenizer, prompts[0])}
+        if len(images[0]) > 1 and hasattr(self.processor.image_processor, "do_image_splitting"):
+            options["do_image_splitting"] = False  # tiles are for one large picture, not for each frame of a clip
+        inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt", **options)
         return inputs.to(self.device, dtype=self.model.dtype)
 
     def _prompt(self, num_images: int, text: str) -> str:
-        for token in self._control:  # a prompt that spells a control token must not open a turn or an image
-            text = text.replace(token, " ")
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": plain_text(text, self._control)}]
         conversation = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
 
@@ -154,7 +171,3 @@ class Multimodal:
                 f"{self.ref.path}: its tokenizer has no single token for {word!r}; a judge needs Yes and No"
             )
         return torch.tensor(single, device=self.device)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -29,7 +29,7 @@ class CaptionMedia:
     threads: int = 1
     label: str = ""  # the model as the spec names it, recorded with each caption
 
-    name: ClassVar[str] = "CaptionMedia"
+    name: ClassVar[str] = "caption"
     reads: ClassVar[tuple[str, ...]] = ("frames",)
     adds: ClassVar[tuple[str, ...]] = ("captions", "caption")
     skips_rejected: ClassVar[bool] = True

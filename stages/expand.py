@@ -21,7 +21,7 @@ class ExpandPrompts:
     seed: int = 0
     threads: int = 1
 
-    name: ClassVar[str] = "ExpandPrompts"
+    name: ClassVar[str] = "expand"
     reads: ClassVar[tuple[str, ...]] = ("prompt",)
     adds: ClassVar[tuple[str, ...]] = ("expansions",)
     skips_rejected: ClassVar[bool] = False

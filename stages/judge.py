@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,9 +20,12 @@ from stages.rubric import Rubric
 class JudgeQuality:
     """Scores what earlier stages left, and accepts what clears every threshold.
 
-    Reads `frames` and `prompt`; appends to `scores`, sets `verdict` and `reasons`. A sample whose answer is no probability
-    fails with `judge_failed`. Backend `call` imports `call` ('module:function'), which takes the batch and returns
-    {question: [n] floats}; its names may be others than the rubric's, and those that have no threshold only score.
+    Reads `frames` and `prompt`; appends to `scores`, sets `verdict` and `reasons`. A sample with an answer that is no
+    finite number fails with `judge_failed`.
+
+    Backend `call` imports `call` ('module:function'). The function takes the batch (see stages/batch.py; frames are uint8
+    [n, T, H, W, 3]) and returns {name: n floats}, higher being better. A name that has a threshold, the rubric's or the
+    spec's, takes part in the verdict; the others only score.
     """
 
     rubric: Rubric
@@ -33,7 +37,7 @@ class JudgeQuality:
     num_frames: int = 8
     threads: int = 1
 
-    name: ClassVar[str] = "JudgeQuality"
+    name: ClassVar[str] = "judge"
     reads: ClassVar[tuple[str, ...]] = ("frames", "prompt", "scores", "verdict", "reasons")
     adds: ClassVar[tuple[str, ...]] = ("scores", "verdict", "reasons")
     skips_rejected: ClassVar[bool] = True
@@ -49,34 +53,23 @@ class JudgeQuality:
 
     def __call__(self, batch: Batch) -> Batch:
         answers = self._call(batch) if self.backend == "call" else self._ask(batch)
-        bars = self.bars()
-        n = size(batch)
-        scores, verdicts, reasons = load_json(batch["scores"]) if "scores" in batch else [[] for _ in range(n)], [], []
-        errors = list(batch["error"]) if "error" in batch else [""] * n
-        error_types = list(batch["error_type"]) if "error_type" in batch else [""] * n
-        for row in range(n):
-            values = {name: float(column[row]) for name, column in answers.items()}
-            unsound = [name for name, value in values.items() if not np.isfinite(value)]
-            if unsound:
-                error_types[row] = "judge_failed"
-                errors[row] = f"the judge's answer to {', '.join(unsound)} is not a finite number"
-                values = {}
-            scores[row] = scores[row] + [{"name": name, "value": value} for name, value in values.items()]
-            verdict, why = decide(values, bars)
-            verdicts.append("" if unsound else verdict)
-            reasons.append(why)
+        rows = [{name: float(column[row]) for name, column in answers.items()} for row in range(size(batch))]
+        unsound = [[name for name, value in row.items() if not math.isfinite(value)] for row in rows]
+        bars = self.rubric.thresholds(dict(self.thresholds))
+        decisions = [("", []) if bad else decide(row, bars) for row, bad in zip(rows, unsound, strict=True)]
+        before = load_json(batch["scores"]) if "scores" in batch else [[]] * len(rows)
+        scores = [
+            old + [{"name": name, "value": value} for name, value in row.items() if math.isfinite(value)]
+            for old, row in zip(before, rows, strict=True)
+        ]
+        errors = [f"the judge's answer to {', '.join(bad)} is no finite number" if bad else "" for bad in unsound]
         return batch | {
             "scores": jsons(scores),
-            "verdict": texts(verdicts),
-            "reasons": jsons(reasons),
+            "verdict": texts([verdict for verdict, _ in decisions]),
+            "reasons": jsons([reasons for _, reasons in decisions]),
             "error": texts(errors),
-            "error_type": texts(error_types),
+            "error_type": texts(["judge_failed" if bad else "" for bad in unsound]),
         }
-
-    def bars(self) -> dict[str, float]:
-        """The thresholds in force."""
-        own = {} if self.backend == "call" else self.rubric.thresholds()
-        return own | dict(self.thresholds)
 
     @property
     def _model(self) -> MultimodalRef:
@@ -85,28 +78,27 @@ class JudgeQuality:
         return self.model
 
     def _ask(self, batch: Batch) -> dict[str, np.ndarray]:
-        frames = evenly_spaced(batch["frames"], self.num_frames)
         total = batch["frames"].shape[1]
         asked = [question for question in self.rubric.questions if question.asked(total)]
         questions = [[question.format(prompt, total) for question in asked] for prompt in batch["prompt"]]
-        p_yes = load_multimodal(self._model).p_yes(frames, questions)
+        p_yes = load_multimodal(self._model).p_yes(evenly_spaced(batch["frames"], self.num_frames), questions)
         return {question.name: p_yes[:, column] for column, question in enumerate(asked)}
 
     def _call(self, batch: Batch) -> dict[str, np.ndarray]:
         answers = import_call(self.call or "")(batch)
         if not isinstance(answers, Mapping):
-            raise TypeError(
-                f"judge.call {self.call}: expected {{question: [n] floats}}, found {type(answers).__name__}"
-            )
-        columns = {}
+            raise UserError(f"judge.call: {self.call}: expected {{name: n floats}}, found {type(answers).__name__}")
         for name, values in answers.items():
-            column = _floats(values)
-            if column.shape != (size(batch),):
-                raise ValueError(
-                    f"judge.call {self.call}: {name}: expected {size(batch)} floats, found shape {column.shape}"
+            if np.ndim(values) != 1 or len(values) != size(batch):
+                raise UserError(
+                    f"judge.call: {self.call}: {name}: expected {size(batch)} floats, found {_shape(values)}"
                 )
-            columns[str(name)] = column
-        return columns
+        for name, _ in self.thresholds:
+            if name not in answers:
+                raise UserError(
+                    f"judge.thresholds.{name}: {self.call} gives no such score; it gives {', '.join(answers) or 'none'}"
+                )
+        return {str(name): _floats(values) for name, values in answers.items()}
 
 
 def decide(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> tuple[str, list[str]]:
@@ -115,13 +107,16 @@ def decide(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> tupl
     A threshold whose question was not asked (motion, of an image) is not missed.
     """
     reasons = [
-        f"{name} {scores[name]:.2f} < {bar:g}"
-        if f"{scores[name]:.2f}" != f"{bar:.2f}"
-        else f"{name} {scores[name]:.6f} < {bar:g}"
+        f"{name} {_shown(scores[name], bar)} < {bar:g}"
         for name, bar in thresholds.items()
-        if name in scores and scores[name] < bar
+        if name in scores and not scores[name] >= bar
     ]
     return ("rejected" if reasons else "accepted"), reasons
+
+
+def _shown(value: float, bar: float) -> str:
+    """Two digits, or as many as set it apart from the bar."""
+    return next((text for digits in range(2, 8) if float(text := f"{value:.{digits}f}") != bar), f"{value!r}")
 
 
 def import_call(path: str) -> Callable[[Batch], Any]:
@@ -136,12 +131,16 @@ def import_call(path: str) -> Callable[[Batch], Any]:
     return found
 
 
-def _floats(values: Any) -> np.ndarray:
+def _floats(values: Iterable[Any]) -> np.ndarray:
     """float64; what is no number becomes NaN."""
-    column = np.empty(len(values))
-    for row, value in enumerate(values):
+    column = []
+    for value in values:
         try:
-            column[row] = float(value)
+            column.append(float(value))
         except (TypeError, ValueError):
-            column[row] = np.nan
-    return column
+            column.append(math.nan)
+    return np.array(column)
+
+
+def _shape(values: Any) -> str:
+    return f"shape {np.shape(values)}" if np.ndim(values) else type(values).__name__

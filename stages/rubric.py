@@ -30,7 +30,7 @@ class Question:
     name: str
     text: str  # template with {prompt} and {media}
     threshold: float = 0.5  # least P(yes) of an accepted sample
-    weight: float = 1.0  # share in a sample's overall score
+    weight: float = 1.0  # for those who rank samples by one number; no verdict depends on it
     media: str = "any"  # 'video': not asked about images; 'image': not asked about videos
 
     def asked(self, num_frames: int) -> bool:
@@ -125,7 +125,7 @@ def check_thresholds(rubric: Rubric, thresholds: dict[str, float]) -> None:
     for name, value in thresholds.items():
         if name not in names:
             raise UserError(
-                f"judge.thresholds.{name}: rubric {rubric.name} asks no such question; it asks {', '.join(names)}"
+                f"judge.thresholds.{name}: rubric {rubric.name} has no such question; it has {', '.join(names)}"
             )
         if not 0 <= value <= 1:
             raise UserError(f"judge.thresholds.{name}: expected a probability between 0 and 1, found {value}")

@@ -7,19 +7,25 @@ Weights come from numpy's Philox, so that the same files are written on every ma
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerFast
 
 IMAGE_SIZE = 64
 PATCH_SIZE = 16
+HIDDEN_SIZE = 64
 CONTEXT = 32768
+
+ATTENTIVE = {f"language_model.layers.{layer}.self_attn.{part}_proj": 4.0 for layer in (0, 1) for part in "qv"}
+"""Gains of the judge's weights: with sharper attention its answer depends more on the frames."""
+
+ANSWERS_KEY = 1247
+ANSWERS_SCALE = 0.3125
+"""Drawn so that the default rubric accepts about 60% of the tiny generator's clips: a random number's worth."""
 
 IMAGE, START, END, PAD = "<image>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
@@ -66,6 +72,8 @@ def build_judge(folder: Path) -> None:
     )
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+    from models.pack.tiny import fill_weights
+
     tokenizer = build_tokenizer()
     vision = SiglipVisionConfig(
         hidden_size=32,
@@ -85,7 +93,10 @@ def build_judge(folder: Path) -> None:
         vision_feature_layer=-1,
     )
     model = LlavaForConditionalGeneration(config)
-    fill_weights(model, tokenizer, seed="judge")
+    fill_weights(model, "judge", ATTENTIVE)
+    _set_answers(model, tokenizer)
+    _speak_words(model, tokenizer)
+    model.generation_config.repetition_penalty = 1.3
     processor = LlavaProcessor(
         image_processor=SiglipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
         tokenizer=tokenizer,
@@ -101,9 +112,12 @@ def build_expander(folder: Path) -> None:
     """Write a Qwen2 checkpoint (under 1 MB, float32) with a chat template: the prompt expander of `pack://tiny`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    from models.pack.tiny import fill_weights
+
     tokenizer = build_tokenizer()
     model = Qwen2ForCausalLM(Qwen2Config(**_text_config(tokenizer)))
-    fill_weights(model, tokenizer, seed="expander")
+    fill_weights(model, "expander")
+    _speak_words(model, tokenizer)
     _save(folder, model, tokenizer, tokenizer)
     (folder / "README.md").write_text(CARD.format(task="text-generation", part="prompt expander"))
 
@@ -133,7 +147,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def _text_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
-        "hidden_size": 64,
+        "hidden_size": HIDDEN_SIZE,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -146,27 +160,23 @@ def _text_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     }
 
 
-def fill_weights(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, seed: str) -> None:
-    """Replace every weight, by name: norms are 1, biases 0, matrices normal with variance 1 / fan-in.
-
-    Only words have a row in `lm_head`, so that what the model writes is readable; the rows of Yes and No are larger, so
-    that P(yes) spreads over (0, 1).
-    """
+def _set_answers(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give Yes and No rows in `lm_head` that are large, so that P(yes) spreads over (0, 1)."""
     import torch
 
+    yes, no = np.random.Generator(np.random.Philox(key=ANSWERS_KEY)).standard_normal((2, HIDDEN_SIZE), dtype=np.float32)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 1:
-                weight.fill_(1.0 if name.endswith("weight") else 0.0)
-                continue
-            key = int(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).hexdigest(), 16)
-            values = np.random.Generator(np.random.Philox(key=key)).standard_normal(weight.shape, dtype=np.float32)
-            fan_in = 1 if "embed" in name else int(np.prod(weight.shape[1:]))
-            weight.copy_(torch.from_numpy(values / np.sqrt(np.float32(fan_in))))
-        head = model.get_output_embeddings().weight
-        spoken = torch.zeros(len(tokenizer), dtype=torch.bool)
-        spoken[tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in WORDS])] = True
-        head[~spoken] = 0.0
+        for word, row in (("Yes", yes), ("No", no)):
+            for token in (word, f"Ġ{word}"):
+                weight = torch.from_numpy(row * np.float32(ANSWERS_SCALE))
+                model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids(token)] = weight
+
+
+def _speak_words(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let generated text be words and an end, not loose bytes."""
+    spoken = {tokenizer.convert_tokens_to_ids(f"Ġ{word}") for word in WORDS if word not in ("Yes", "No")}
+    silent = set(range(len(tokenizer))) - spoken - {tokenizer.eos_token_id}
+    model.generation_config.suppress_tokens = sorted(silent)
 
 
 def _save(folder: Path, model: Any, *parts: Any) -> None:
