@@ -19,6 +19,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from infra.errors import UserError
 from infra.schema import FAILURES, SAMPLES
 from infra.shard import Place, build_tar, safetensors_bytes
 from infra.storage import Storage
@@ -36,7 +37,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class GeneratorFacts:
-    """What a row says of the generator that made it. `adapters` are {uri, sha256, weight}."""
+    """What a row says of the generator that made it. `adapters` are {uri, sha256, weight}.
+
+    `plan_json` is the plan as asked for; a batch's own column `plan_json` says what became of it, and goes before this.
+    """
 
     model: str
     model_sha256: str
@@ -45,10 +49,6 @@ class GeneratorFacts:
     num_inference_steps: int
     guidance_scale: float
     adapters: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def latent_layout(self) -> str:
-        return str(json.loads(self.plan_json or "{}").get("latent_layout", ""))
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,11 @@ class _Written:
             members.append((row["media"][0]["member"], encoded.data))
         dtype = self.stage.tensors.get("latents", None if accepted else "float32")
         if dtype and (accepted or keep == "latents"):
+            if "latents" not in self.batch:
+                key = "output.tensors" if accepted else "output.keep_rejected"
+                raise UserError(f"{key}: {row['model']} runs whole and gives no latents; do not ask for them")
             latents = self.batch["latents"][at]
-            layout = self.stage.generators[self._int(at, "generator")].latent_layout
+            layout = json.loads(row["plan_json"] or "{}").get("latents", {}).get("layout", "")
             try:
                 data = safetensors_bytes("latents", latents, dtype, {"layout": layout, "plan": row["plan_json"]})
             except ValueError as error:
@@ -248,7 +251,7 @@ class _Written:
             "model_sha256": facts.model_sha256,
             "adapters": list(facts.adapters),
             "plan_id": facts.plan_id,
-            "plan_json": facts.plan_json,
+            "plan_json": self._text(at, "plan_json") or facts.plan_json,
             "layout_json": stage.layout_json,
             "num_inference_steps": facts.num_inference_steps,
             "guidance_scale": facts.guidance_scale,

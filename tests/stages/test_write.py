@@ -15,13 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infra.errors import UserError
 from infra.media import decode, split_strip
 from infra.schema import FAILURES, SAMPLES
 from infra.storage import Storage
 from stages.batch import Batch, jsons, take, texts
 from stages.write import GeneratorFacts, WriteShards, split_of
 
-PLAN = json.dumps({"latent_layout": "c f h w", "shift": 3.0})
+PLAN = json.dumps({"latents": {"layout": "C T H W", "scaling": "none"}, "shift": 3.0})
+ASKED = json.dumps({"shift": None})
 MAY_DIFFER = {"run_id", "created_at", "cost", "node", "device", "layout_json", "code_version"}
 T, H, W = 5, 32, 48
 
@@ -57,6 +59,7 @@ def make_batch(num_frames: int = T) -> Batch:
         "attempt": np.full(n, 2),
         "generator": np.zeros(n, np.int64),
         "nfe": np.full(n, 40),
+        "plan_json": texts([PLAN] * n),
         "error_type": texts(["", "", "nan_latents", "", ""]),
         "error": texts(["", "", "latents: expected finite, found NaN", "", ""]),
         "error_stage": texts(["", "", "sample", "", ""]),
@@ -80,7 +83,7 @@ def make_batch(num_frames: int = T) -> Batch:
 
 def make_stage(root: Path, **settings: object) -> WriteShards:
     adapter = {"uri": "lora.safetensors", "sha256": "aa", "weight": 0.5}
-    facts = GeneratorFacts("pack://tiny", "ab" * 32, "cd" * 16, PLAN, 20, 5.0, (adapter,))
+    facts = GeneratorFacts("pack://tiny", "ab" * 32, "cd" * 16, ASKED, 20, 5.0, (adapter,))
     stage = WriteShards(
         storage=Storage(str(root)),
         run_id="r1",
@@ -177,7 +180,7 @@ def test_write_references_resolve_to_what_they_say(tmp_path):
             assert (video["role"], video["mime"]) == ("video", "video/mp4")
             assert np.abs(decode(data, "mp4").astype(int) - batch["frames"][at]).mean() < 3
             data = stage.storage.read_bytes(latents["shard"], latents["offset"], latents["offset"] + latents["nbytes"])
-            assert (latents["dtype"], latents["shape"], latents["layout"]) == ("float16", [4, 2, 4, 6], "c f h w")
+            assert (latents["dtype"], latents["shape"], latents["layout"]) == ("float16", [4, 2, 4, 6], "C T H W")
             np.testing.assert_array_equal(load(data)["latents"], batch["latents"][at].astype(np.float16))
 
 
@@ -283,6 +286,26 @@ def test_write_turns_what_cannot_be_encoded_into_failures(tmp_path):
     failures = {row["prompt_id"]: row["error_type"] for row in table(stage, result, "failures").to_pylist()}
     assert failures == {"p0": "bad_number", "p2": "nan_latents", "p3": "bad_latents"}
     assert result["accepted"] == 1
+
+
+def test_write_without_a_described_plan_keeps_the_one_asked_for(tmp_path):
+    stage, batch = make_stage(tmp_path), make_batch()
+    batch["plan_json"][0] = ""
+    found = rows(stage, run(stage, batch))
+    assert (found["p0"]["plan_json"], found["p0"]["tensors"][0]["layout"]) == (ASKED, "")
+    assert (found["p3"]["plan_json"], found["p3"]["tensors"][0]["layout"]) == (PLAN, "C T H W")
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [({}, "output.tensors"), ({"tensors": {}, "keep_rejected": "latents"}, "output.keep_rejected")],
+)
+def test_write_tells_the_user_whose_pipeline_gives_no_latents(tmp_path, settings, key):
+    batch = make_batch()
+    del batch["latents"]
+    with pytest.raises(UserError, match=f"{key}: pack://tiny runs whole and gives no latents"):
+        make_stage(tmp_path, **settings)(batch)
+    assert run(make_stage(tmp_path, tensors={}), batch)["accepted"] == 3
 
 
 def test_write_of_odd_sized_video_fails_those_samples_only(tmp_path):
