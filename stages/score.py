@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,18 @@ STILL = 2
 
 HASH_BITS = 64
 
+THUMB_SIDE = 16
+THUMB_LEVELS = 16
+"""Duplicates differ by at most this many levels (0-255) in every pixel and channel of their small copies."""
+
+
+class _Seen(NamedTuple):
+    """What tells an accepted sample from its duplicates."""
+
+    sample_id: str
+    digest: int
+    thumbs: np.ndarray
+
 
 @dataclass(frozen=True)
 class ScoreMedia:
@@ -28,8 +40,9 @@ class ScoreMedia:
     Reads frames [n, T, H, W, 3] uint8. Adds to `scores`: sharpness, brightness and, where T > 1, motion, flicker and
     static (1 or 0); to `extra`: phash, 16 hex digits. Sets `verdict` and `reasons`. Luma is BT.601's, 0-255.
 
-    Duplicates are looked for among the samples of one batch: the first that is not rejected stays. Their hash is the
-    DCT hash of the middle frame; two videos that differ elsewhere only are duplicates by it.
+    Duplicates are looked for among the samples of one batch: the first that is not rejected stays. The hash, a DCT hash
+    of the middle frame's luma, proposes them; it is blind to colour and to what moves, so small copies of the first,
+    middle and last frame must agree too.
     """
 
     min_sharpness: float | None = None
@@ -61,21 +74,22 @@ class ScoreMedia:
         scores = load_json(_column(batch, "scores", n))
         reasons: list[list[str]] = [[] for _ in range(n)]
         extra = [json.loads(value) if value else {} for value in _column(batch, "extra", n)]
-        kept: list[tuple[str, int]] = []
+        kept: list[_Seen] = []
         for row in range(n):
             try:
-                measured = measure(batch["frames"][row])
+                frames = batch["frames"][row]
+                measured = measure(frames)
             except SampleError as fault:
                 error_type[row], error[row] = fault.error_type, str(fault)
                 continue
-            digest = perceptual_hash(batch["frames"][row])
+            seen = _Seen(batch["sample_id"][row], perceptual_hash(frames), thumbnails(frames))
             scores[row] = scores[row] + [{"name": name, "value": value} for name, value in measured.items()]
-            extra[row]["phash"] = f"{digest:016x}"
+            extra[row]["phash"] = f"{seen.digest:016x}"
             reasons[row] = self._reasons(measured)
             if self.reject_duplicates and not reasons[row]:
-                reasons[row] = self._duplicates(digest, kept)
+                reasons[row] = self._duplicates(seen, kept)
             if not reasons[row]:
-                kept.append((batch["sample_id"][row], digest))
+                kept.append(seen)
         verdicts = ["rejected" if why else "accepted" for why in reasons]
         out["error_type"], out["error"] = error_type, error
         out["scores"], out["reasons"], out["extra"] = jsons(scores), jsons(reasons), jsons(extra)
@@ -103,11 +117,11 @@ class ScoreMedia:
             found.append("static: no frame differs from the first")
         return found
 
-    def _duplicates(self, digest: int, kept: list[tuple[str, int]]) -> list[str]:
-        for sample_id, other in kept:
-            distance = (digest ^ other).bit_count()
-            if distance <= self.duplicate_distance:
-                return [f"duplicate of {sample_id}: perceptual hashes differ in {distance} of {HASH_BITS} bits"]
+    def _duplicates(self, seen: _Seen, kept: list[_Seen]) -> list[str]:
+        for other in kept:
+            distance = (seen.digest ^ other.digest).bit_count()
+            if distance <= self.duplicate_distance and np.abs(seen.thumbs - other.thumbs).max() <= THUMB_LEVELS:
+                return [f"duplicate of {other.sample_id}: perceptual hashes differ in {distance} of {HASH_BITS} bits"]
         return []
 
 
@@ -148,6 +162,16 @@ def perceptual_hash(frames: np.ndarray) -> int:
 
     digest = imagehash.phash(Image.fromarray(frames[len(frames) // 2]), hash_size=8)
     return int(str(digest), 16)
+
+
+def thumbnails(frames: np.ndarray) -> np.ndarray:
+    """The first, middle and last frame of `frames` [T, H, W, 3] uint8, small: [3, 16, 16, 3] int16."""
+    import cv2
+
+    shown = frames[[0, len(frames) // 2, -1]]
+    return np.stack(
+        [cv2.resize(frame, (THUMB_SIDE, THUMB_SIDE), interpolation=cv2.INTER_AREA) for frame in shown], dtype=np.int16
+    )
 
 
 def _variance(plane: np.ndarray) -> float:

@@ -184,6 +184,18 @@ def test_score_keeps_the_first_of_duplicates():
     assert list(out["verdict"]) == ["accepted", "accepted"]
 
 
+def test_score_tells_duplicates_from_what_only_hashes_alike():
+    red, blue, other_way = np.full((3, 6, 64, 64, 3), 30, np.uint8)
+    for t in range(6):
+        # Luma 76 both, and one middle frame: by its hash alone all three are one.
+        red[t, 20:32, 4 * t : 4 * t + 12] = (255, 0, 0)
+        blue[t, 20:32, 4 * t : 4 * t + 12] = (70, 70, 125)
+        other_way[t, 20:32, 24 - 4 * t : 36 - 4 * t] = (255, 0, 0)
+    other_way[3] = red[3]
+    assert len({perceptual_hash(clip) for clip in (red, blue, other_way)}) == 1
+    assert list(ScoreMedia()(batch_of(red, blue, other_way))["verdict"]) == ["accepted"] * 3
+
+
 def test_score_does_not_reject_for_the_sake_of_a_rejected_twin():
     frozen = np.repeat(pan(2, 0)[3:4], 6, axis=0)  # the same middle frame, but static
     assert list(ScoreMedia()(batch_of(frozen, pan(2, 0)))["verdict"]) == ["rejected", "accepted"]
