@@ -13,20 +13,18 @@ from models.plan import SamplerPlan
 if TYPE_CHECKING:
     import torch
 
-_ENDLESS = 1_000_000
-"""Tokenizers without a limit say that it is about 1e30."""
-
 
 def text_length(family: Family, pipe: Any, plan: SamplerPlan) -> int | None:
     """Tokens that every text is padded or cut to; None where the encoder has one fixed length."""
     if family.max_sequence_length is None:
         return None
-    limits = [plan.max_sequence_length, family.max_sequence_length]
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        tokenizer = getattr(pipe, name, None)
-        if tokenizer is not None and "CLIP" not in type(tokenizer).__name__:
-            limits.append(min(tokenizer.model_max_length, _ENDLESS))
-    return min(limits)
+    limits = (
+        [family.max_sequence_length] if family.fixed_length else [family.max_sequence_length, plan.max_sequence_length]
+    )
+    tokenizer = getattr(pipe, family.tokenizer, None) if family.tokenizer else None
+    if tokenizer is not None:
+        limits.append(tokenizer.model_max_length)  # about 1e30 where there is no limit
+    return int(min(limits))
 
 
 def encode_texts(

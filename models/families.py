@@ -33,10 +33,14 @@ class Family:
     """Arguments of `__call__` that take what `encode_prompt` returns, in its order; None where there is none."""
     max_sequence_length: int | None
     """Longest text the denoiser was trained with; None where the encoder's length is fixed."""
+    tokenizer: str | None
+    """The tokenizer whose own limit also holds."""
     patch: int
     """Latent pixels to a side of a denoiser token."""
     guidance: Literal["cfg", "rescaled_cfg", "embedded"] = "cfg"
     packing: Literal["none", "frames_first", "image_tokens", "video_tokens"] = "none"
+    fixed_length: bool = False
+    """The denoiser knows one text length only; the plan's is not asked."""
     pads_text: bool = True
     """False: its encoder pads to the longest prompt in the batch, so each is encoded alone and padded here."""
     batches: bool = True
@@ -148,25 +152,27 @@ _POOLED = (*_PAIR, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
 
 FAMILIES: tuple[Family, ...] = (
-    Family("Wan text-to-video", "WanPipeline", "video", _PAIR, 512, patch=2, float32_vae=True),
+    Family("Wan text-to-video", "WanPipeline", "video", _PAIR, 512, "tokenizer", patch=2, float32_vae=True),
     Family(
         "Wan image-to-video",
         "WanImageToVideoPipeline",
         "video",
         _PAIR,
         512,
+        "tokenizer",
         patch=2,
         float32_vae=True,
         batches=False,
         inputs=("first_frame",),
     ),
-    Family("LTX-Video", "LTXPipeline", "video", _MASKED, 128, patch=1, packing="video_tokens"),
+    Family("LTX-Video", "LTXPipeline", "video", _MASKED, 128, "tokenizer", patch=1, packing="video_tokens"),
     Family(
         "HunyuanVideo",
         "HunyuanVideoPipeline",
         "video",
         ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
         256,
+        None,
         patch=2,
         guidance="embedded",
     ),
@@ -176,7 +182,9 @@ FAMILIES: tuple[Family, ...] = (
         "video",
         _PAIR,
         226,
+        "tokenizer",
         patch=2,
+        fixed_length=True,
         packing="frames_first",
         float32_latents=False,
     ),
@@ -186,29 +194,41 @@ FAMILIES: tuple[Family, ...] = (
         "image",
         ("prompt_embeds", "pooled_prompt_embeds", None),
         512,
+        "tokenizer_2",
         patch=2,
         guidance="embedded",
         packing="image_tokens",
         float32_latents=False,
     ),
-    Family("Stable Diffusion 3", "StableDiffusion3Pipeline", "image", _POOLED, 256, patch=2, float32_latents=False),
+    Family(
+        "Stable Diffusion 3",
+        "StableDiffusion3Pipeline",
+        "image",
+        _POOLED,
+        256,
+        "tokenizer_3",
+        patch=2,
+        float32_latents=False,
+    ),
     Family(
         "Stable Diffusion XL",
         "StableDiffusionXLPipeline",
         "image",
         _POOLED,
         None,
+        None,
         patch=1,
         float32_vae=True,
         float32_latents=False,
     ),
-    Family("Sana", "SanaPipeline", "image", _MASKED, 300, patch=1, call=(("use_resolution_binning", False),)),
+    Family("Sana", "SanaPipeline", "image", _MASKED, 300, None, patch=1, call=(("use_resolution_binning", False),)),
     Family(
         "Qwen-Image",
         "QwenImagePipeline",
         "image",
         ("prompt_embeds", "prompt_embeds_mask"),
         512,
+        None,
         patch=2,
         guidance="rescaled_cfg",
         packing="image_tokens",

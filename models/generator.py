@@ -157,7 +157,6 @@ class Generator:
         if self.family is None:
             return facts
         latents = {
-            "layout": self.family.layout,
             "shape": list(self.latent_shape(height, width, num_frames)),
             "scaling": SCALING,
             **scaling_of(pipe.vae),
@@ -166,6 +165,7 @@ class Generator:
             "family": self.family.name,
             "guidance": GUIDANCE[self.family.guidance],
             "max_sequence_length": text_length(self.family, pipe, plan),
+            "latent_layout": self.family.layout,
             "latents": latents,
         }
 
@@ -181,13 +181,16 @@ class Generator:
             part = "sample"
         if part not in self._pipes:
             self._pipes[part] = load_pipeline(self.ref, self.family, part)
-            self._schedulers[part] = self._pipes[part].scheduler
+            self._schedulers[part] = getattr(self._pipes[part], "scheduler", None)
         return self._pipes[part]
 
     def _scheduler(self, plan: SamplerPlan) -> Any:
         """A fresh one each time: schedulers remember the last samples they saw."""
         self._pipe("sample")
-        return build_scheduler(self._schedulers["sample"], plan)
+        base = self._schedulers["sample"]
+        if base is None:
+            raise UserError(f"generators.model: {self.pipeline} has no scheduler; such pipelines cannot be run")
+        return build_scheduler(base, plan)
 
     def _sample(
         self, conditions: dict[str, np.ndarray], noise: np.ndarray, plan: SamplerPlan, shape: Shape, fps: float

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -87,15 +87,16 @@ class Licence:
     why: str
 
 
-def licence_of(folder: str, uri: str, licence: str | None = None, may_train: MayTrain | None = None) -> Licence:
+def licence_of(folder: str, uri: str, override: tuple[str | None, str | None] | None = None) -> Licence:
     """Licence of the checkpoint in `folder`, from its README's front matter, else its LICENSE file.
 
-    `licence` and `may_train` are what the spec says; they win over what is found.
+    `override` is what the spec says, (licence, may_train); what it gives wins over what is found.
     """
+    licence, may_train = override or (None, None)
     name = licence or _from_card(Path(folder)) or _from_text(Path(folder)) or "unknown"
     known = _KNOWN.get(_canonical(name))
     if may_train is not None:
-        return Licence(name, may_train, "the spec says so (generators.may_train)")
+        return Licence(name, cast(MayTrain, may_train), "the spec says so (generators.may_train)")
     if name == "unknown":
         return Licence(name, "unknown", f"{uri} states no licence; set generators.licence once you have read it")
     if known is None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from infra.errors import UserError
 from models.families import Family
-
-if TYPE_CHECKING:
-    import torch
+from models.placement import device_of, dtype_of
 
 Part = Literal["encode", "sample", "decode"]
 
@@ -57,13 +55,12 @@ def load_pipeline(ref: GeneratorRef, family: Family | None, part: Part) -> Any:
     from diffusers import DiffusionPipeline
 
     be_quiet()
-    device = device_of(ref)
-    dtype = dtype_of(ref)
+    device = device_of(ref.device)
+    dtype = dtype_of(ref.dtype, device)
     arguments: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
     if family is not None:
         components = read_index(ref.path)
-        if not ref.adapters:  # an adapter may reach the text encoder too
-            arguments |= {name: None for name in _WITHOUT[part] if name in components}
+        arguments |= dict.fromkeys(_left_out(ref, components, part))
         if family.float32_vae and "vae" not in arguments:
             arguments["dtype"] = {"default": dtype, "vae": torch.float32}
     if ref.remote_code:
@@ -80,23 +77,13 @@ def load_pipeline(ref: GeneratorRef, family: Family | None, part: Part) -> Any:
     return pipe
 
 
-def device_of(ref: GeneratorRef) -> str:
-    import torch
-
-    if ref.device != "auto":
-        return ref.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def dtype_of(ref: GeneratorRef) -> torch.dtype:
-    """Precision of the denoiser: auto is bfloat16 on an accelerator and float32 on a CPU."""
-    import torch
-
-    name = ref.dtype
-    if name == "auto":
-        name = "float32" if device_of(ref) == "cpu" else "bfloat16"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def _left_out(ref: GeneratorRef, components: dict[str, Any], part: Part) -> list[str]:
+    if ref.adapters:  # an adapter may reach the text encoder too
+        return []
+    no_t5 = "text_encoder_3" in components and components["text_encoder_3"][0] is None
+    if part == "encode" and no_t5:  # Stable Diffusion 3 then asks its denoiser how wide the zeros should be
+        return []
+    return [name for name in _WITHOUT[part] if name in components]
 
 
 def denoiser_of(pipe: Any) -> Any:

@@ -10,12 +10,12 @@ import numpy as np
 from models.generator import GeneratorRef, load_generator
 from models.plan import SamplerPlan
 from stages.batch import Batch, size
-from stages.encode import PREFIX, padded
+from stages.encode import padded
 
 
 @dataclass(frozen=True)
 class DecodeLatents:
-    """Adds `frames` [n, num_frames, height, width, 3] uint8 RGB, and drops the `cond.*` columns, which nobody reads again.
+    """Adds `frames` [n, num_frames, height, width, 3] uint8 RGB.
 
     Decoded in batches of exactly `batch_size`. Samples of a pipeline that runs whole have frames already.
     """
@@ -39,11 +39,9 @@ class DecodeLatents:
                 load_generator(ref).load("decode")
 
     def __call__(self, batch: Batch) -> Batch:
-        result = {name: column for name, column in batch.items() if not name.startswith(PREFIX)}
         generator = load_generator(self.generators[int(batch["generator"][0])])
         if generator.family is None:
-            return result
+            return batch
         shape = (int(batch["height"][0]), int(batch["width"][0]), int(batch["num_frames"][0]))
         rows = padded(np.arange(size(batch)), self.batch_size)
-        result["frames"] = generator.decode(batch["latents"][rows], *shape)[: size(batch)]
-        return result
+        return {**batch, "frames": generator.decode(batch["latents"][rows], *shape)[: size(batch)]}
