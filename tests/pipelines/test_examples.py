@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.records import unique_records
+from pipelines.spec import Spec, load_spec
+from stages.rubric import load_rubric
+
+REPO = Path(__file__).parents[2]
+EXAMPLES = sorted((REPO / "pipelines" / "examples").glob("*.yaml"))
+OFFLINE = {"quickstart", "images"}
+
+
+@pytest.fixture(autouse=True)
+def _at_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+
+
+@pytest.fixture(params=EXAMPLES, ids=lambda path: path.stem)
+def example(request: pytest.FixtureRequest) -> tuple[str, Spec]:
+    return request.param.stem, load_spec(request.param)
+
+
+def test_examples_are_the_ones_the_docs_name() -> None:
+    expected = {"quickstart", "images", "wan-1.3b", "wan-1.3b-cluster", "wan-i2v", "flux"}
+    assert {path.stem for path in EXAMPLES} == expected
+
+
+def test_example_reads_all_of_its_prompts(example: tuple[str, Spec]) -> None:
+    _, spec = example
+    if (spec.prompts.path or "").startswith("s3://"):
+        pytest.skip("its prompts lie in the reader's own bucket")
+    records = list(unique_records(spec))
+    assert records
+    assert not [record.prompt for record in records if record.is_bad]
+
+
+def test_example_asks_the_rubric_only_what_it_has(example: tuple[str, Spec]) -> None:
+    _, spec = example
+    assert set(spec.judge.thresholds) <= {question.name for question in load_rubric(spec.judge.rubric).questions}
+
+
+def test_example_names_models_of_its_kind(example: tuple[str, Spec]) -> None:
+    name, spec = example
+    models = [generator.model for generator in spec.generators] + [spec.judge.model]
+    models += [section.model for section in (spec.caption, spec.prompts.expand) if section]
+    assert all(model.startswith("pack://") == (name in OFFLINE) for model in models)
+
+
+def test_example_shapes_suit_wan_s_compression(example: tuple[str, Spec]) -> None:
+    """Wan's autoencoder takes 4k+1 frames; every family here wants sides that are multiples of 16."""
+    _, spec = example
+    for bucket in spec.buckets:
+        assert (bucket.num_frames - 1) % 4 == 0
+        assert bucket.height % 16 == bucket.width % 16 == 0
+
+
+def test_example_says_how_it_is_run(example: tuple[str, Spec]) -> None:
+    name, _ = example
+    head = (REPO / "pipelines" / "examples" / f"{name}.yaml").read_text(encoding="utf-8").partition("\nname:")[0]
+    assert f"ditmill run pipelines/examples/{name}.yaml" in " ".join(head.split())
