@@ -6,10 +6,9 @@ progress, its table and its links as artifacts.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 from prefect import flow, task
@@ -21,30 +20,53 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
+from flows.console import Console, current_console
 from infra.errors import UserError
+from infra.ray_session import ray_session
 from infra.telemetry import log
 from pipelines.dedup import RecordReport
 from pipelines.enumeration import Enumeration
 from pipelines.generate import Outcome, Progress, StopRequest
-from pipelines.resolve import Resolved
+from pipelines.graph import Group, worker_env
+from pipelines.report import ReportSummary
+from pipelines.resolve import Resolved, new_run_id, resolve_spec
 from pipelines.run import Cluster, clean_up, expand, expand_groups, make_samples, open_dataset, sample_groups
+from pipelines.spec import Spec
 from pipelines.verify import Finding, verify
 
 
-@dataclass
-class Context:
-    """What the tasks of one run share. It stays in this process: Prefect neither stores nor hashes it."""
+class Run:
+    """What the tasks of one flow run share. It stays in this process: no dataclass, which Prefect would take apart."""
 
-    run: Resolved
-    cluster: Callable[[], Cluster]
-    stop: StopRequest
-    report: Callable[[Progress], None]
-    retry_failed: bool = False
-    enumeration: Enumeration | None = None
-    records: RecordReport = field(default_factory=RecordReport)
-    outcome: Outcome | None = None
-    findings: list[Finding] = field(default_factory=list)
-    published: Any = None
+    def __init__(
+        self, resolved: Resolved, console: Console, resources: contextlib.ExitStack, retry_failed: bool
+    ) -> None:
+        self.resolved = resolved
+        self.console = console
+        self.retry_failed = retry_failed
+        self.stop: StopRequest = console.stop
+        self.enumeration: Enumeration | None = None
+        self.records = RecordReport()
+        self.outcome: Outcome | None = None
+        self.findings: list[Finding] = []
+        self.published: ReportSummary | None = None
+        self._resources = resources
+
+    @cached_property
+    def cluster(self) -> Cluster:
+        """The Ray cluster, connected to when it is first needed."""
+        spec = self.resolved.spec
+        env = worker_env(spec.layout.threads)
+        found = self._resources.enter_context(
+            ray_session(spec.compute.ray_address, env, dict(spec.compute.limits))  # type: ignore[arg-type]
+        )
+        return Cluster(found["cpus"], found["gpus"])
+
+    def expand_groups(self) -> tuple[Group, ...]:
+        return expand_groups(self.resolved, self.cluster)
+
+    def sample_groups(self) -> tuple[Group, ...]:
+        return sample_groups(self.resolved, self.cluster)
 
 
 def _is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
@@ -53,11 +75,11 @@ def _is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def expand_prompts(context: Context) -> None:
+def expand_prompts(run: Run) -> None:
     """Prompts, committed."""
-    run = context.run
-    open_dataset(run)
-    context.enumeration, context.records = expand(run, lambda: expand_groups(run, context.cluster()))
+    open_dataset(run.resolved)
+    run.enumeration, run.records = expand(run.resolved, run.expand_groups)
+    run.console.records(run.records)
 
 
 @task(
@@ -67,73 +89,92 @@ def expand_prompts(context: Context) -> None:
     retry_delay_seconds=[2, 20],
     retry_condition_fn=_is_worth_retrying,
 )
-def generate_samples(context: Context) -> None:
-    """Samples, committed while they are made. A retry resumes from the tables, under a run id of its own."""
-    assert context.enumeration is not None
-    artifact = create_progress_artifact(0.0, description=f"samples of {context.run.spec.name}")
+def generate_samples(run: Run) -> None:
+    """Samples, committed while they are made. A retry resumes from the tables, as a run with an id of its own."""
+    assert run.enumeration is not None
+    artifact = create_progress_artifact(0.0, description=f"samples of {run.resolved.spec.name}")
     last = 0.0
 
     def show(progress: Progress) -> None:
         nonlocal last
-        context.report(progress)
+        run.console.progress(progress)
         if time.monotonic() - last > 10 and progress.total:
             last = time.monotonic()
-            share = 100.0 * min(1.0, (progress.before_done + progress.done) / progress.total)
-            update_progress_artifact(artifact, share)
+            update_progress_artifact(
+                artifact, 100.0 * min(1.0, (progress.before_done + progress.done) / progress.total)
+            )
 
-    run = context.run
-    context.outcome = make_samples(
-        run,
-        context.enumeration,
-        partial(_sample_groups, context),
-        context.stop,
-        show,
-        retry_failed=context.retry_failed,
-    )
+    try:
+        run.outcome = make_samples(
+            run.resolved, run.enumeration, run.sample_groups, run.stop, show, retry_failed=run.retry_failed
+        )
+    except Exception:
+        clean_up(run.resolved)
+        run.resolved = run.resolved.again()
+        raise
     update_progress_artifact(artifact, 100.0)
 
 
-def _sample_groups(context: Context) -> Any:
-    return sample_groups(context.run, context.cluster())
-
-
 @task(cache_policy=NO_CACHE, persist_result=False)
-def verify_dataset(context: Context) -> None:
+def verify_dataset(run: Run) -> None:
     """What is promised, checked on the stored bytes of this run."""
-    removed = clean_up(context.run)
+    removed = clean_up(run.resolved)
     if removed:
         log().info("swept", files=len(removed))
-    context.findings = list(verify(context.run.storage, run_id=context.run.run_id))
+    run.findings = list(verify(run.resolved.storage, run_id=run.resolved.run_id))
+    run.console.verified(run.findings)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def publish(context: Context) -> None:
+def publish(run: Run) -> None:
     """Card, report and artifacts."""
     from pipelines.card import write_card
+
     from pipelines.report import build_report
 
-    run, outcome = context.run, context.outcome
-    write_card(run.storage)
-    context.published = build_report(run.storage)
+    storage, outcome = run.resolved.storage, run.outcome
     assert outcome is not None
-    counts = outcome.progress
+    write_card(storage)
+    run.published = build_report(storage)
+    counts = {
+        "accepted": outcome.progress.accepted,
+        "rejected": outcome.progress.rejected,
+        "failed": outcome.progress.failed,
+    }
     create_table_artifact(
-        [
-            {"what": "accepted", "samples": counts.accepted},
-            {"what": "rejected", "samples": counts.rejected},
-            {"what": "failed", "samples": counts.failed},
-        ],
-        description=f"run {run.run_id} of {run.spec.name}: {outcome.status}",
+        [{"verdict": name, "samples": count} for name, count in counts.items()],
+        description=f"run {run.resolved.run_id} of {run.resolved.spec.name}: {outcome.status}",
     )
-    if run.storage.is_local:
-        create_link_artifact(f"file://{run.storage.path('report/index.html')}", description="gallery and funnel")
+    if storage.is_local:
+        create_link_artifact(f"file://{storage.path('report/index.html')}", description="gallery and funnel")
+    run.console.finished(run.resolved, outcome, run.published, run.findings)
 
 
 @flow(name="synthesize", validate_parameters=False)
-def synthesize(context: Context) -> Context:
-    """Prompts to a committed, filtered, captioned dataset."""
-    expand_prompts(context)
-    generate_samples(context)
-    verify_dataset(context)
-    publish(context)
-    return context
+def synthesize(spec: dict[str, Any], retry_failed: bool = False) -> dict[str, Any]:
+    """Prompts to a committed, filtered, captioned dataset.
+
+    Args:
+        spec: a spec as plain values (see pipelines.spec.Spec).
+        retry_failed: also try samples again that failed before.
+
+    Returns:
+        run_id, status, counts and what `verify` found.
+    """
+    console = current_console()
+    with contextlib.ExitStack() as resources:
+        run = Run(resolve_spec(Spec.model_validate(spec), new_run_id()), console, resources, retry_failed)
+        expand_prompts(run)
+        generate_samples(run)
+        verify_dataset(run)
+        publish(run)
+    assert run.outcome is not None
+    progress = run.outcome.progress
+    return {
+        "run_id": run.resolved.run_id,
+        "status": run.outcome.status,
+        "accepted": progress.accepted,
+        "rejected": progress.rejected,
+        "failed": progress.failed,
+        "findings": [str(finding) for finding in run.findings],
+    }

@@ -79,7 +79,9 @@ def wait_until_up(seconds: float = START_SECONDS) -> None:
                 return
         except OSError as error:
             if time.monotonic() - began > seconds:
-                raise TimeoutError(f"the Prefect server at {url} did not answer in {seconds:.0f} s ({error})") from error
+                raise TimeoutError(
+                    f"the Prefect server at {url} did not answer in {seconds:.0f} s ({error})"
+                ) from error
             time.sleep(0.1)
 
 

@@ -20,7 +20,9 @@ QUIET = {
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, env: dict[str, str], limits: dict[str, float] | None = None) -> Iterator[dict[str, float]]:
+def ray_session(
+    address: str | None, env: dict[str, str], limits: dict[str, float] | None = None
+) -> Iterator[dict[str, float]]:
     """Connect to the cluster at `address`, or start one here; yields its CPUs and GPUs, within `limits`.
 
     Args:

@@ -165,4 +165,6 @@ def _plan_file(run: Resolved, chunks: Iterator[pa.Table]) -> str:
 
 
 def _no_prompts(report: RecordReport) -> UserError:
-    return UserError(f"prompts: no prompt is left to generate from ({json.dumps(report.as_dict(), default=str)[:200]}); add some")
+    return UserError(
+        f"prompts: no prompt is left to generate from ({json.dumps(report.as_dict(), default=str)[:200]}); add some"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -58,6 +58,10 @@ class Resolved:
     captioner: MultimodalRef | None
     expander: Expander | None
     licences: tuple[Licence, ...]
+
+    def again(self) -> Resolved:
+        """The same as a run of its own: a run id that was swept cannot commit any more."""
+        return replace(self, run_id=new_run_id())
 
     def generating(self) -> tuple[Stage, ...]:
         layout = self.spec.layout
@@ -140,7 +144,9 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
     generators, facts, ids, licences = [], [], [], []
     for at, generator in enumerate(spec.generators):
         if generator.teacher_steps:
-            raise UserError(f"generators.{at}.teacher_steps: not available in this version, found {generator.teacher_steps}; remove it")
+            raise UserError(
+                f"generators.{at}.teacher_steps: not available in this version, found {generator.teacher_steps}; remove it"
+            )
         folder = resolve(generator.model, "generator", generator.revision)
         adapters = [(adapter, resolve(adapter.uri, "adapter")) for adapter in generator.adapters]
         hashes = [content_sha256(path) for _, path in adapters]

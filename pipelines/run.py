@@ -124,7 +124,10 @@ def make_samples(
     retry_failed: bool = False,
 ) -> Outcome:
     """Generate what the dataset lacks; the run's start and end are rows of `runs`."""
-    commit_run_row(run, "started", status="running", plan_file=enumeration.plan_file, planned=len(enumeration))
+    # What `verify` needs to enumerate again, beside the spec.
+    ids = {"generator_ids": run.generator_ids, "plan_id": run.plan.plan_id}
+    known = {"plan_file": enumeration.plan_file, "planned": len(enumeration), "extra_json": json.dumps(ids)}
+    commit_run_row(run, "started", status="running", **known)
     job = Job(
         storage=run.storage,
         run_id=run.run_id,
@@ -139,18 +142,16 @@ def make_samples(
     try:
         outcome = generate(job, groups, stop, report)
     except BaseException as error:
-        commit_run_row(
-            run, "ended", status="failed", plan_file=enumeration.plan_file, extra_json=json.dumps({"error": str(error)[:2000]})
-        )
+        failed = known | {"extra_json": json.dumps({**ids, "error": str(error)[:2000]})}
+        commit_run_row(run, "ended", status="failed", **failed)
         raise
     progress = outcome.progress
     commit_run_row(
         run,
         "ended",
         status=outcome.status,
-        plan_file=enumeration.plan_file,
+        **known,
         planned_through=outcome.planned_through,
-        planned=len(enumeration),
         accepted=progress.accepted,
         rejected=progress.rejected,
         failed=progress.failed,
@@ -199,5 +200,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-

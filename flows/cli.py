@@ -1,0 +1,352 @@
+"""The command line. Every command imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infra.errors import UserError
+
+if TYPE_CHECKING:
+    from infra.storage import Storage
+    from pipelines.spec import Spec
+
+app = typer.Typer(
+    name="ditmill",
+    help="Prompts and a diffusion transformer in, a training-ready dataset out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+SpecPath = Annotated[Path, typer.Argument(help="The spec, a YAML file.", show_default=False)]
+Dataset = Annotated[
+    str, typer.Argument(help="The dataset: a folder, an fsspec URL, or the spec that made it.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the spec, such as layout.batch_size=4."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"ditmill: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("ditmill: interrupted; run the same command again to resume", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@app.command()
+def make(
+    prompt: Annotated[str, typer.Argument(help="What to generate.")],
+    number: Annotated[int, typer.Option("-n", "--number", min=1, help="How many samples.")] = 4,
+    model: Annotated[
+        str | None, typer.Option(help="A model: pack://NAME, a folder, an fsspec URL or a hub id.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Where the dataset goes; left out, out/ and a name made of the prompt.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    open_gallery: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open the gallery in a browser at the end.")
+    ] = True,
+) -> None:
+    """Generate, judge and caption samples of one prompt, without a YAML file."""
+    from pipelines.starter import spec_for
+
+    spec = spec_for(prompt, number, model=model, uri=out, overrides=overrides or [])
+    _run(spec, as_json=as_json, retry_failed=False)
+    if open_gallery and not as_json and sys.stdout.isatty() and "://" not in spec.output.uri:
+        import webbrowser
+
+        webbrowser.open(Path(spec.output.uri, "report", "index.html").resolve().as_uri())
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("ditmill.yaml"),
+    full: Annotated[bool, typer.Option(help="Write every key, with its documentation.")] = False,
+    schema: Annotated[bool, typer.Option(help="Write the JSON Schema that editors use, to PATH, instead.")] = False,
+) -> None:
+    """Write a commented spec to start from."""
+    from pipelines.starter import json_schema, starter_spec
+
+    if path.exists():
+        raise UserError(f"{path}: exists already; name another file, or remove it")
+    path.write_text(json.dumps(json_schema(), indent=2) + "\n" if schema else starter_spec(full), encoding="utf-8")
+    print(path if schema else f"{path}: edit it, then `ditmill plan {path}` and `ditmill run {path}`")
+
+
+@app.command()
+def plan(
+    spec_path: SpecPath,
+    overrides: Overrides = None,
+    calibrate: Annotated[bool, typer.Option(help="Time one small batch in this process for the estimate.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """What would run, what it would cost, and what differs from what the dataset holds. Runs nothing."""
+    from pipelines.plan import make_plan, render
+
+    from pipelines.spec import load_spec
+
+    found = make_plan(load_spec(spec_path, overrides), calibrate=calibrate)
+    print(json.dumps(found.as_dict(), indent=2) if as_json else render(found, str(spec_path)))
+
+
+@app.command()
+def run(
+    spec_path: SpecPath,
+    overrides: Overrides = None,
+    retry_failed: Annotated[bool, typer.Option(help="Try samples again that failed before.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Plan, run, commit and report. Running it again resumes."""
+    from pipelines.spec import load_spec
+
+    _run(load_spec(spec_path, overrides), as_json=as_json, retry_failed=retry_failed, name=str(spec_path))
+
+
+def _run(spec: Spec, as_json: bool, retry_failed: bool, name: str = "") -> None:
+    from flows.session import run_flow
+
+    raise SystemExit(code) if (code := run_flow(spec, as_json=as_json, retry_failed=retry_failed, name=name)) else None
+
+
+@app.command()
+def status(dataset: Dataset, as_json: AsJson = False) -> None:
+    """What a dataset holds and what its live runs are doing."""
+    from pipelines.status import dataset_status, render
+
+    found = dataset_status(_storage(dataset))
+    print(json.dumps(found, indent=2) if as_json else render(found))
+
+
+@app.command()
+def stop(dataset: Dataset) -> None:
+    """Ask the live runs of a dataset to finish what is in hand, commit and end."""
+    from infra.control import live_runs, request_stop
+
+    storage = _storage(dataset)
+    live = [beat for beat in live_runs(storage) if not beat.is_stale]
+    for beat in live:
+        request_stop(storage, beat.run_id)
+        print(f"asked {beat.run_id} on {beat.host} to stop")
+    if not live:
+        print("no run is live")
+
+
+@app.command()
+def report(dataset: Dataset) -> None:
+    """Write the gallery and funnel as one HTML page, and the dataset card."""
+    from pipelines.card import write_card
+
+    from pipelines.report import build_report
+
+    storage = _storage(dataset)
+    build_report(storage)
+    write_card(storage)
+    print(f"{storage.root}/report/index.html")
+
+
+@app.command()
+def verify(
+    dataset: Dataset,
+    media: Annotated[bool, typer.Option(help="Read every media member and compare its sha256.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Check every promise on the stored bytes; exit 1 and a list where one fails."""
+    from pipelines.verify import verify as find
+
+    storage = _storage(dataset)
+    findings = list(find(storage, read_media=media))
+    if as_json:
+        print(json.dumps([{"kind": f.kind, "where": f.where, "detail": f.detail} for f in findings], indent=2))
+    else:
+        for finding in findings:
+            print(finding)
+        print(f"{storage.root}: " + (f"{len(findings)} findings" if findings else "every promise holds"))
+    if findings:
+        raise SystemExit(1)
+
+
+@app.command()
+def regenerate(
+    dataset: Dataset, sample_id: Annotated[str, typer.Argument(help="Which sample.")], as_json: AsJson = False
+) -> None:
+    """Make one sample again and compare it with what is stored."""
+    from pipelines.regenerate import regenerate as again
+
+    _worker_environment()
+    made = again(_storage(dataset), sample_id)
+    print(json.dumps(made.as_dict(), indent=2) if as_json else made)
+
+
+@app.command()
+def annotate(
+    spec_or_dataset: Dataset,
+    judge: Annotated[
+        bool, typer.Option("--judge", help="Judge stored media again with the spec's judge and thresholds.")
+    ] = False,
+    caption: Annotated[
+        bool, typer.Option("--caption", help="Caption stored media again with the spec's captioner.")
+    ] = False,
+    labels: Annotated[Path | None, typer.Option(help="A CSV of sample_id,label, as the gallery writes it.")] = None,
+    withdraw: Annotated[
+        list[str] | None, typer.Option(metavar="SAMPLE_ID", help="Take a sample out of all later releases.")
+    ] = None,
+    restore: Annotated[list[str] | None, typer.Option(metavar="SAMPLE_ID", help="Take a withdrawal back.")] = None,
+    reason: Annotated[str, typer.Option(help="Why it is withdrawn.")] = "",
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """New decisions about old samples; nothing is generated and no fact is rewritten."""
+    from flows.session import run_annotate
+    from pipelines import annotate as annotations
+
+    if not (judge or caption or labels or withdraw or restore):
+        raise UserError(
+            "annotate: say what: --judge, --caption, --labels FILE, --withdraw SAMPLE_ID or --restore SAMPLE_ID"
+        )
+    done: list[Any] = []
+    storage = _storage(spec_or_dataset)
+    if labels:
+        done.append(annotations.label(storage, str(labels)))
+    if withdraw:
+        done.append(annotations.withdraw(storage, withdraw, reason))
+    if restore:
+        done.append(annotations.restore(storage, restore))
+    if judge or caption:
+        done += run_annotate(_spec_of(spec_or_dataset, overrides), judge=judge, caption=caption)
+    for item in done:
+        print(json.dumps(item.as_dict()) if as_json else item)
+
+
+@app.command()
+def release(
+    dataset: Dataset,
+    name: Annotated[str, typer.Argument(help="Name of the release.")],
+    where: Annotated[
+        str | None, typer.Option(help="SQL condition on its columns; left out, verdict = 'accepted'.")
+    ] = None,
+    pack: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Repack media into tars of this size, such as 512MB.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an immutable, named selection of samples with their latest annotations."""
+    from pipelines.release import release as make_release
+
+    made = make_release(_storage(dataset), name, where=where, pack_bytes=_nbytes(pack))
+    print(json.dumps(made.as_dict(), indent=2) if as_json else made)
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """What can be loaded, and what each family supports."""
+    from models.families import table
+
+    rows = table()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False)
+    for column in rows[0]:
+        shown.add_column(str(column).replace("_", " "))
+    for row in rows:
+        shown.add_row(*(", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in row.values()))
+    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+
+
+@app.command()
+def vacuum(dataset: Dataset, dry_run: Annotated[bool, typer.Option(help="Only list what would go.")] = False) -> None:
+    """Remove what no transaction refers to and no live run is writing."""
+    from infra.vacuum import vacuum as remove
+
+    names = remove(_storage(dataset), dry_run=dry_run)
+    for name in names:
+        print(name)
+    print(f"{len(names)} files {'would be ' if dry_run else ''}removed", file=sys.stderr)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context, name: Annotated[str, typer.Argument(help="Which: overhead, dataplane, planning.")]
+) -> None:
+    """Run a benchmark; each prints a ratio against its baseline in the same run. Needs a checkout."""
+    import subprocess
+
+    repo = Path(__file__).resolve().parent.parent
+    if not (repo / "tests" / "bench" / f"{name}.py").exists():
+        there = sorted(path.stem for path in (repo / "tests" / "bench").glob("*.py"))
+        raise UserError(f"bench: there is no {name}; there are: {', '.join(there) or 'none, this is no checkout'}")
+    raise SystemExit(subprocess.call([sys.executable, "-m", f"tests.bench.{name}", *context.args], cwd=repo))
+
+
+def _storage(dataset: str) -> Storage:
+    """The dataset that a folder, URL or spec names; it must exist."""
+    from infra.storage import Storage
+    from infra.tables import dataset_exists
+
+    if dataset.endswith((".yaml", ".yml")):
+        from pipelines.resolve import storage_of
+        from pipelines.spec import absolute_paths, load_spec
+
+        storage = storage_of(absolute_paths(load_spec(dataset)))
+    else:
+        root = dataset.rstrip("/") if "://" in dataset else str(Path(dataset).expanduser().resolve())
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        storage = Storage(root, endpoint, allow_http=bool(endpoint and endpoint.startswith("http://")))
+    if not dataset_exists(storage):
+        raise UserError(
+            f"{storage.root}: there is no dataset here (no dataset.json); give its folder, URL, or its spec"
+        )
+    return storage
+
+
+def _spec_of(spec_or_dataset: str, overrides: list[str] | None) -> Spec:
+    """The spec at a path, or that of a dataset's newest run."""
+    from infra.tables import Table
+    from pipelines.spec import load_spec, parse_spec
+
+    if spec_or_dataset.endswith((".yaml", ".yml")):
+        return load_spec(spec_or_dataset, overrides)
+    rows = Table(_storage(spec_or_dataset), "runs").read(["spec_json", "created_at"]).to_pylist()
+    if not rows:
+        raise UserError(f"{spec_or_dataset}: no run is recorded here, so there is no spec; give the spec's path")
+    return parse_spec(json.loads(max(rows, key=lambda row: row["created_at"])["spec_json"]), overrides)
+
+
+def _nbytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "B": 1, "": 1}
+    number = text.rstrip("KMGTiB")
+    try:
+        return int(float(number) * units[text[len(number) :]])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"--pack: expected a size such as 512MB, found {text!r}") from error
+
+
+def _worker_environment() -> None:
+    """What workers are started with, for a command that computes in this process; before torch is imported."""
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+if __name__ == "__main__":
+    main()

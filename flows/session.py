@@ -1,0 +1,112 @@
+"""A run from the command line: what differs, then Prefect's server and Ray together, then the flow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from flows.console import Console, console
+from infra.prefect_session import prefect_session, wait_until_up
+from infra.ray_session import ray_session
+from infra.telemetry import configure
+
+if TYPE_CHECKING:
+    from pipelines.generate import StopRequest
+    from pipelines.spec import Spec
+
+REAL_CHECKPOINT = "ditmill run pipelines/examples/wan-1.3b.yaml   # a real checkpoint, on one GPU"
+
+
+def run_flow(spec: Spec, as_json: bool, retry_failed: bool, name: str = "") -> int:
+    """Run `spec` to its end; the exit code."""
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    from pipelines.differences import difference
+    from pipelines.graph import worker_env
+    from pipelines.resolve import resolve_spec
+    from pipelines.run import check_dataset
+
+    configure()
+    shown = Console(as_json)
+    resolved = resolve_spec(spec)
+    check_dataset(resolved)
+    found = difference(resolved)
+    for line in found.lines(resolved.storage.root):
+        shown.say(line)
+    if found.nothing_to_do and not (retry_failed and found.failed):
+        if as_json:
+            print(json.dumps({"status": "nothing to do", "dataset": resolved.storage.root, "new": 0}))
+        return 0
+    for licence in resolved.licences:
+        if licence.may_train != "yes" and spec.policy.licences == "warn":
+            shown.say(
+                f"licence: {licence.name}: may its outputs train other models? {licence.may_train} ({licence.why})"
+            )
+    env = worker_env(spec.layout.threads)
+    limits: dict[str, float] = dict(spec.compute.limits)  # type: ignore[arg-type]
+    with (
+        prefect_session(),
+        ray_session(spec.compute.ray_address, env, limits),
+        console(shown),
+        _stopping(shown.stop, shown),
+    ):
+        from flows.synthesize import synthesize
+
+        wait_until_up()
+        result: dict[str, Any] = synthesize(json.loads(resolved.spec.model_dump_json()), retry_failed=retry_failed)
+    if not as_json:
+        print(f"  next      {REAL_CHECKPOINT}")
+    return 1 if result["findings"] else 0
+
+
+def run_annotate(spec: Spec, judge: bool, caption: bool) -> list[Any]:
+    """Judge or caption stored media again, as a Ray job that is connected to only if a model must run."""
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    from contextlib import ExitStack
+
+    from pipelines.annotate import recaption, rejudge
+
+    from pipelines.graph import worker_env
+    from pipelines.resolve import resolve_spec
+    from pipelines.run import Cluster
+
+    configure()
+    resolved = resolve_spec(spec)
+    done: list[Any] = []
+    with ExitStack() as stack:
+
+        def cluster() -> Cluster:
+            env = worker_env(spec.layout.threads)
+            found = stack.enter_context(ray_session(spec.compute.ray_address, env, dict(spec.compute.limits)))  # type: ignore[arg-type]
+            return Cluster(found["cpus"], found["gpus"])
+
+        if judge:
+            done.append(rejudge(resolved, cluster))
+        if caption:
+            done.append(recaption(resolved, cluster))
+    return done
+
+
+@contextmanager
+def _stopping(stop: StopRequest, shown: Console) -> Iterator[None]:
+    """Ctrl-C or SIGTERM once: finish what is in hand, commit, end. A second time: end now (the next run resumes)."""
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        if stop.reason:
+            signal.signal(number, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        stop.set("stopped")
+        shown.say("stopping: finishing what is in hand; once more to end at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        sys.stderr.flush()

@@ -1,0 +1,196 @@
+"""Checks every promise on the stored bytes: each planned sample is one row or one failure, each reference resolves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute as pc
+
+from infra.control import live_runs, uncommitted_files
+from infra.schema import KEYS, TABLES
+from infra.storage import Storage
+from infra.tables import Table, dataset_exists
+from models.noise import noise_key
+from pipelines.enumeration import Enumeration
+from pipelines.idset import IdSet
+
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One broken promise. `kind` is a short name, `where` a file or an id."""
+
+    kind: str
+    where: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.where}: {self.detail}"
+
+
+def verify(storage: Storage, run_id: str | None = None, read_media: bool = True) -> Iterator[Finding]:
+    """Findings, none if every promise holds.
+
+    Args:
+        storage: the dataset.
+        run_id: read only the media of this run; the tables are always checked whole.
+        read_media: also read every media member and compare its sha256 (else: that it lies within its shard).
+    """
+    if not dataset_exists(storage):
+        yield Finding("no_dataset", storage.root, "there is no dataset.json")
+        return
+    yield from _parts(storage)
+    yield from _duplicates(storage)
+    yield from _rows(storage)
+    yield from _media(storage, run_id, read_media)
+    yield from _planned(storage)
+
+
+def _parts(storage: Storage) -> Iterator[Finding]:
+    """Parts in the log exist, are whole, and have the table's columns; files outside the log belong to a live run."""
+    import pyarrow.parquet as pq
+
+    for name in TABLES:
+        table = Table(storage, name)
+        for path in table.files():
+            try:
+                with storage.fs.open(storage.path(path), "rb") as file:
+                    schema = pq.ParquetFile(file).schema_arrow
+            except FileNotFoundError:
+                yield Finding("part_missing", path, "the log names it and it is not there")
+                continue
+            except Exception as error:
+                yield Finding("part_broken", path, f"cannot be read as Parquet: {error}")
+                continue
+            lacking = [field.name for field in table.schema if field.name not in schema.names]
+            if name == "samples" and lacking:
+                yield Finding("part_columns", path, f"lacks {', '.join(lacking)}")
+    live = {beat.run_id for beat in live_runs(storage) if not beat.is_stale}
+    for path in uncommitted_files(storage):
+        if not any(run in path for run in live):
+            kind = "part_not_in_log" if path.endswith(".parquet") else "shard_not_referenced"
+            yield Finding(kind, path, "no transaction refers to it; `ditmill vacuum` removes it")
+
+
+def _duplicates(storage: Storage) -> Iterator[Finding]:
+    """No key stands in two rows."""
+    for name in ("samples", "prompts", "failures", "runs"):
+        columns = list(KEYS[name])
+        found = Table(storage, name)
+        try:
+            rows = found.read(columns)
+        except (OSError, ValueError):
+            continue  # told as a missing or broken part
+        counts = rows.group_by(columns).aggregate([([], "count_all")])
+        twice = counts.filter(pc.greater(counts["count_all"], 1))
+        for row in twice.slice(0, SHOWN).to_pylist():
+            key = "/".join(str(row[column]) for column in columns)
+            yield Finding("doubled_row", f"{name} {key}", f"{row['count_all']} rows")
+
+
+def _rows(storage: Storage) -> Iterator[Finding]:
+    """Every sample's ids follow from what it says of itself, and its verdict is one."""
+    columns = ["sample_id", "noise_key", "prompt_id", "sample_index", "seed", "verdict"]
+    for row in _read(storage, columns):
+        if row["verdict"] not in ("accepted", "rejected"):
+            yield Finding("verdict", row["sample_id"], f"expected accepted or rejected, found {row['verdict']!r}")
+        if noise_key(row["seed"], row["prompt_id"], row["sample_index"]) != row["noise_key"]:
+            yield Finding("noise_key", row["sample_id"], "does not follow from seed, prompt_id and sample_index")
+
+
+def _media(storage: Storage, run_id: str | None, read: bool) -> Iterator[Finding]:
+    """Every media and tensor reference resolves, and the bytes have the recorded sha256."""
+    sizes: dict[str, int | None] = {}
+    where = None if run_id is None else pc.field("run_id") == run_id
+    for row in _read(storage, ["sample_id", "verdict", "media", "tensors"], where):
+        if row["verdict"] == "accepted" and not row["media"]:
+            yield Finding("media_missing", row["sample_id"], "an accepted sample has no media")
+        for item in [*(row["media"] or []), *(row["tensors"] or [])]:
+            shard = item["shard"]
+            if "://" in shard or shard.startswith("/"):
+                continue  # media that live elsewhere
+            if shard not in sizes:
+                try:
+                    sizes[shard] = storage.size(shard)
+                except FileNotFoundError:
+                    sizes[shard] = None
+            length = sizes[shard]
+            start, end = item["offset"], item["offset"] + item["nbytes"]
+            if length is None:
+                yield Finding("shard_missing", shard, f"sample {row['sample_id']} refers to it")
+            elif end > length:
+                yield Finding(
+                    "shard_short", shard, f"sample {row['sample_id']} ends at byte {end}, the shard at {length}"
+                )
+            elif read and hashlib.sha256(storage.read_bytes(shard, start, end)).hexdigest() != item["sha256"]:
+                yield Finding("media_changed", f"{shard} {item['member']}", "its bytes do not have the recorded sha256")
+
+
+def _planned(storage: Storage) -> Iterator[Finding]:
+    """Every sample that a finished run planned is a row or a failure."""
+    ended = Table(storage, "runs").read(None, pc.field("event") == "ended").to_pylist()
+    ended = [row for row in ended if row["plan_file"] and row["planned_through"]]
+    if not ended:
+        return
+    try:
+        done = IdSet(_ids(storage, ("samples", "failures")))
+    except (OSError, ValueError):
+        return  # told as a missing or broken part
+    checked: dict[tuple[Any, ...], int] = {}
+    for row in ended:
+        enumeration = enumeration_of(storage, row)
+        key = (row["plan_file"], enumeration.samples_per_prompt, enumeration.generator_ids, enumeration.plan_id)
+        if checked.get(key, 0) >= row["planned_through"]:
+            continue
+        checked[key] = row["planned_through"]
+        if not storage.exists(row["plan_file"]):
+            yield Finding("plan_missing", row["plan_file"], f"run {row['run_id']} planned from it")
+            continue
+        missing, first = 0, ""
+        for chunk in enumeration.chunks():
+            ids = chunk.sample_ids[: max(0, row["planned_through"] - chunk.start)]
+            if not ids:
+                break
+            present = done.contains(ids)
+            missing += int((~present).sum())
+            first = first or next((ids[at] for at in range(len(ids)) if not present[at]), "")
+        if missing:
+            yield Finding(
+                "sample_missing",
+                first,
+                f"{missing} samples that run {row['run_id']} planned are neither rows nor failures",
+            )
+
+
+def enumeration_of(storage: Storage, run: dict[str, Any]) -> Enumeration:
+    """The enumeration that a row of `runs` planned from."""
+    extra = json.loads(run["extra_json"] or "{}")
+    spec = json.loads(run["spec_json"])
+    return Enumeration(
+        storage=storage,
+        plan_file=run["plan_file"],
+        samples_per_prompt=spec["samples_per_prompt"],
+        generator_ids=tuple(extra["generator_ids"]),
+        plan_id=extra["plan_id"],
+    )
+
+
+def _read(storage: Storage, columns: list[str], where: pc.Expression | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of `samples`, part by part; a part that cannot be read is told elsewhere."""
+    table = Table(storage, "samples")
+    for path in table.files():
+        try:
+            yield from table.dataset([path]).to_table(columns, where).to_pylist()
+        except (OSError, ValueError):
+            continue
+
+
+def _ids(storage: Storage, names: Iterable[str]) -> Iterator[Any]:
+    for name in names:
+        for batch in Table(storage, name).batches(["sample_id"]):
+            yield batch.column("sample_id")
