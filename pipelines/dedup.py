@@ -38,7 +38,7 @@ _WORDS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
-    """How finely texts are sketched: hashes in a signature, and the least part of pairs right at the threshold to be found."""
+    """How finely texts are sketched: hashes in a signature, and the part of pairs at the threshold that it must find."""
 
     num_perm: int
     recall: float
