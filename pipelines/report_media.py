@@ -1,0 +1,118 @@
+"""A sample's media as a report shows them: read from its shard, and made smaller where a page could not carry them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from infra.media import decode, encode
+from infra.storage import Storage
+
+SMALL_SIDE = 256
+SMALL_CRF = 30
+"""What is too large for a page is shown as a smaller copy: its shorter side in pixels, and x264's quality."""
+
+SUFFIXES = {"video/mp4": "mp4", "image/png": "png", "image/webp": "webp"}
+"""What may be embedded. The media type comes from the dataset: another (HTML, SVG) must not reach the page."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """What a card shows. `kind` is video, image, strip (`frames` side by side) or none; `note` says why not more."""
+
+    kind: str
+    uri: str = ""
+    frames: int = 1
+    note: str = ""
+
+
+def show(storage: Storage, row: dict[str, Any], share: int) -> Media:
+    """What can be shown of a row of `samples` in about `share` characters of a page."""
+    item = _best(row)
+    if item is None:
+        return Media("none", note="nothing that a page can show was kept of it")
+    try:
+        data = _read(storage, item)
+        too_large = len(data) * 4 // 3 > share
+        if _is_strip(item, row):
+            return Media("strip", _uri(item["mime"], data), frames=_strip_frames(data, row))
+        if item["mime"] == "video/mp4":
+            shown = _smaller_video(data, row["fps"]) if too_large else data
+            return Media("video", _uri("video/mp4", shown), note="smaller copy" if too_large else "")
+        if too_large:
+            return Media("image", _uri("image/webp", _smaller_image(data)), note="smaller copy")
+        return Media("image", _uri(item["mime"], data))
+    except Exception as error:  # a report comes out of a damaged dataset too; `ditmill verify` says what is wrong
+        return Media("none", note=f"cannot be shown: {error or type(error).__name__}"[:200])
+
+
+def still(storage: Storage, row: dict[str, Any]) -> np.ndarray | None:
+    """The middle frame of what is kept of the sample, [h, w, 3] uint8; None where nothing is, or cannot be read."""
+    item = _best(row)
+    if item is None:
+        return None
+    try:
+        data = _read(storage, item)
+        frames = decode(data, SUFFIXES[item["mime"]])
+        if _is_strip(item, row):
+            frames = np.stack(np.array_split(frames[0], _strip_frames(data, row), axis=1))
+    except Exception:
+        return None
+    return frames[len(frames) // 2]
+
+
+def _best(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The media to show; a preview only where there is nothing better."""
+    found = [item for item in row["media"] or () if item["mime"] in SUFFIXES]
+    return min(found, key=lambda item: item["role"] == "preview", default=None)
+
+
+def _is_strip(item: dict[str, Any], row: dict[str, Any]) -> bool:
+    return item["role"] == "preview" and row["num_frames"] > 1 and item["mime"] != "video/mp4"
+
+
+def _read(storage: Storage, item: dict[str, Any]) -> bytes:
+    shard = item["shard"] or ""
+    if "://" in shard or shard.startswith("/") or ".." in shard.split("/"):
+        raise ValueError(f"it lives outside of the dataset, in {shard}")
+    data = storage.read_bytes(shard, item["offset"], item["offset"] + item["nbytes"])
+    if len(data) != item["nbytes"]:
+        raise ValueError(f"expected {item['nbytes']} bytes of {shard}, found {len(data)}")
+    return data
+
+
+def _uri(mime: str, data: bytes) -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _smaller_video(data: bytes, fps: float) -> bytes:
+    from PIL import Image
+
+    frames = decode(data, "mp4")
+    _, height, width, _ = frames.shape
+    scale = min(1.0, SMALL_SIDE / min(height, width))
+    size = (round(width * scale / 2) * 2, round(height * scale / 2) * 2)
+    small = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames]
+    return encode(np.stack(small), fps or 8.0, crf=SMALL_CRF).data
+
+
+def _smaller_image(data: bytes) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(data)) as image:
+        image.thumbnail((2 * SMALL_SIDE, 2 * SMALL_SIDE), Image.Resampling.BICUBIC)
+        image.convert("RGB").save(buffer, "webp", quality=80)
+    return buffer.getvalue()
+
+
+def _strip_frames(data: bytes, row: dict[str, Any]) -> int:
+    """How many frames of the sample's own shape lie side by side."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        return max(1, round(image.width / image.height * row["height"] / row["width"]))
