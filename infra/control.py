@@ -90,10 +90,8 @@ def request_stop(storage: Storage, run_id: str) -> None:
 
 
 def sweep(storage: Storage, run_id: str) -> list[str]:
-    """Delete what `run_id` wrote and never committed. Only for a run that has ended, or is stale and then fenced here."""
-    for name in TABLES:
-        fence(Table(storage, name), run_id)
-    removed = [name for name in uncommitted_files(storage, run_id)]
+    """Delete what the ended run `run_id` wrote and never committed."""
+    removed = uncommitted_files(storage, run_id)
     for name in removed:
         storage.delete(name)
     Pulse(storage, run_id).end()
@@ -101,10 +99,14 @@ def sweep(storage: Storage, run_id: str) -> list[str]:
 
 
 def sweep_stale(storage: Storage, but: str) -> dict[str, list[str]]:
-    """Sweep every stale run except `but`."""
-    return {
-        beat.run_id: sweep(storage, beat.run_id) for beat in live_runs(storage) if beat.is_stale and beat.run_id != but
-    }
+    """Fence and sweep every stale run except `but`: it may only seem dead, and must not commit what is deleted here."""
+    swept = {}
+    for beat in live_runs(storage):
+        if beat.is_stale and beat.run_id != but:
+            for name in TABLES:
+                fence(Table(storage, name), beat.run_id)
+            swept[beat.run_id] = sweep(storage, beat.run_id)
+    return swept
 
 
 def uncommitted_files(storage: Storage, run_id: str | None = None) -> list[str]:

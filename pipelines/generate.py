@@ -196,7 +196,8 @@ def generate(
         made = groups()
         lost = run.drive(_chain(ready, first), made, started, max_errored=4)
         singles = (take(batch, np.array([at])) for batch in lost for at in range(size(batch)))
-        for batch in run.drive(singles, made, time.time(), max_errored=-1) if lost else []:
+        died = run.drive(singles, made, time.time(), max_errored=-1, to_the_end=True) if lost else []
+        for batch in died:
             commits.add([_worker_died(job, batch)])
             progress.failed += 1
         progress.committed += commits.commit(force=True)
@@ -253,9 +254,17 @@ class _Run:
         return wanted is not None and self.progress.before_accepted + self.progress.accepted >= wanted
 
     def drive(
-        self, batches: Iterator[Batch], groups: tuple[Group, ...], started: float, max_errored: int
+        self,
+        batches: Iterator[Batch],
+        groups: tuple[Group, ...],
+        started: float,
+        max_errored: int,
+        to_the_end: bool = False,
     ) -> list[Batch]:
-        """Take `batches` through the graph; those that did not come out, because they killed their worker."""
+        """Take `batches` through the graph; those that did not come out, because they killed their worker.
+
+        `to_the_end`: whatever asks for an end, take all of them.
+        """
         feeder = Feeder(in_flight(groups))
         out: queue.Queue[Batch | BaseException | None] = queue.Queue()
         context = {"run_id": self.job.run_id}
@@ -265,7 +274,7 @@ class _Run:
         thread.start()
         try:
             while True:
-                self._feed(feeder, batches)
+                self._feed(feeder, batches, to_the_end)
                 try:
                     item = out.get(timeout=0.25)
                 except queue.Empty:
@@ -286,13 +295,14 @@ class _Run:
             feeder.close()
         return feeder.unfinished()
 
-    def _feed(self, feeder: Feeder, batches: Iterator[Batch]) -> None:
+    def _feed(self, feeder: Feeder, batches: Iterator[Batch], to_the_end: bool) -> None:
         while feeder.has_room:
-            if self.stop.reason or self.target_reached():
-                feeder.close()
-                return
-            if feeder.samples_in_flight and self._enough_under_way(feeder.samples_in_flight):
-                return
+            if not to_the_end:
+                if self.stop.reason or self.target_reached():
+                    feeder.close()
+                    return
+                if feeder.samples_in_flight and self._enough_under_way(feeder.samples_in_flight):
+                    return
             batch = next(batches, None)
             if batch is None:
                 feeder.close()

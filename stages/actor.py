@@ -28,7 +28,7 @@ def pack(batch: Batch) -> pa.Table:
     """A batch as a block of one row."""
     buffers: list[pickle.PickleBuffer] = []
     columns = pickle.dumps(batch, protocol=5, buffer_callback=buffers.append)
-    tensors = pa.array([[pa.py_buffer(buffer.raw()) for buffer in buffers]], PAYLOAD.field("tensors").type)
+    tensors = pa.array([[buffer.raw() for buffer in buffers]], PAYLOAD.field("tensors").type)
     return pa.table([pa.array([columns], pa.large_binary()), tensors], schema=PAYLOAD)
 
 
