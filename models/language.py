@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TOKENS_PER_FORWARD = 32768
 """Most padded tokens in one forward pass: what bounds memory, whatever the batch."""
 
-_QUOTES = "\"'`“”‘’«»"
+_QUOTES = tuple(zip("\"'`“‘«", "\"'`”’»", strict=True))
 _PREAMBLE = re.compile(r"^(?:\W*(?:here is|here's|sure|certainly|of course)\b[^:\n]{0,80}:)", re.IGNORECASE)
 _LABEL = re.compile(
     r"^\W*(?:(?:rewritten|expanded|enhanced|improved|new|final|video|detailed)\s+)*prompt\W*:\s*", re.IGNORECASE
@@ -174,4 +174,9 @@ def clean(text: str) -> str:
     """A model's answer as a prompt: one line, without preamble, label, surrounding quotes or thoughts."""
     text = _THOUGHT.sub(" ", text).strip()
     text = _LABEL.sub("", _PREAMBLE.sub("", text))
-    return " ".join(text.split()).strip(_QUOTES + " *").strip()
+    text = " ".join(text.split()).strip("* ")
+    for opening, closing in _QUOTES:
+        inner = text[1:-1]
+        if len(text) > 1 and text[0] == opening and text[-1] == closing and closing not in inner:
+            text = inner.strip()
+    return text

@@ -97,7 +97,7 @@ class Multimodal:
             pair = [torch.logsumexp(logits[:, tokens], dim=-1) for tokens in (self._yes, self._no)]
             answers.append(torch.stack(pair, dim=-1).cpu())
         probabilities = torch.softmax(torch.cat(answers), dim=-1)[:, 0]
-        return probabilities.numpy().astype(np.float32).reshape(len(frames), -1)
+        return probabilities.numpy().astype(np.float32).reshape(len(frames), len(questions[0]) if questions else 0)
 
     def caption(self, frames: np.ndarray, instructions: list[str], max_new_tokens: int) -> list[list[str]]:
         """Greedy answers to each instruction, for each clip: n lists of len(instructions) texts.

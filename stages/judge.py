@@ -24,8 +24,8 @@ class JudgeQuality:
     finite number fails with `judge_failed`.
 
     Backend `call` imports `call` ('module:function'). The function takes the batch (see stages/batch.py; frames are uint8
-    [n, T, H, W, 3]) and returns {name: n floats}, higher being better. A name that has a threshold, the rubric's or the
-    spec's, takes part in the verdict; the others only score.
+    [n, T, H, W, 3]) and returns {name: n floats}, higher being better. A name that has a threshold in the spec takes part
+    in the verdict, the others only score; the rubric plays no part.
     """
 
     rubric: Rubric
@@ -55,7 +55,7 @@ class JudgeQuality:
         answers = self._call(batch) if self.backend == "call" else self._ask(batch)
         rows = [{name: float(column[row]) for name, column in answers.items()} for row in range(size(batch))]
         unsound = [[name for name, value in row.items() if not math.isfinite(value)] for row in rows]
-        bars = self.rubric.thresholds(dict(self.thresholds))
+        bars = self.bars()
         decisions = [("", []) if bad else decide(row, bars) for row, bad in zip(rows, unsound, strict=True)]
         before = load_json(batch["scores"]) if "scores" in batch else [[]] * len(rows)
         scores = [
@@ -70,6 +70,11 @@ class JudgeQuality:
             "error": texts(errors),
             "error_type": texts(["judge_failed" if bad else "" for bad in unsound]),
         }
+
+    def bars(self) -> dict[str, float]:
+        """The thresholds in force."""
+        spec = dict(self.thresholds)
+        return spec if self.backend == "call" else self.rubric.thresholds(spec)
 
     @property
     def _model(self) -> MultimodalRef:

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from infra.errors import UserError
+from models import multimodal
+from models.multimodal import Multimodal, MultimodalRef, evenly_spaced, load_multimodal
+
+QUESTIONS = ["Is this clean? Answer Yes or No.", "Does it show a red circle that is bouncing slowly? Answer Yes or No."]
+
+
+def clips(count: int, num_frames: int = 4, seed: int = 0) -> np.ndarray:
+    """Coloured blobs [count, num_frames, 64, 64, 3] uint8."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (count, num_frames, 4, 4, 3), dtype=np.uint8)
+    return coarse.repeat(16, axis=2).repeat(16, axis=3)
+
+
+def build_idefics3(folder: Path) -> None:
+    """The family of SmolVLM, whose image processor cuts large pictures into tiles."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, LlamaConfig
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    from models.pack.tiny import fill_weights
+    from models.pack.tiny_language import CHAT_TEMPLATE, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]}
+    )
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 16,
+    }
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    model = Idefics3ForConditionalGeneration(
+        Idefics3Config(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+            scale_factor=2,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    fill_weights(model, "idefics3")
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 128}, max_image_size={"longest_edge": 64})
+    model.save_pretrained(folder)
+    Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=["llava", "idefics3"])
+def model(request, tiny_pack: Path, tmp_path_factory) -> Multimodal:
+    if request.param == "llava":
+        return load_multimodal(MultimodalRef(str(tiny_pack / "judge")))
+    folder = tmp_path_factory.mktemp("idefics3")
+    build_idefics3(folder)
+    return load_multimodal(MultimodalRef(str(folder)))
+
+
+@pytest.fixture
+def fresh(tiny_pack: Path) -> Multimodal:
+    """A model of the test's own, to be spoilt."""
+    return Multimodal(MultimodalRef(str(tiny_pack / "judge")))
+
+
+def test_p_yes_equals_one_unpadded_forward_pass_per_question(model):
+    frames = clips(2)
+    found = model.p_yes(frames, [QUESTIONS, QUESTIONS[::-1]])
+    yes, no = (
+        [model.tokenizer.encode(text, add_special_tokens=False)[0] for text in (word, f" {word}")]
+        for word in ("Yes", "No")
+    )
+    for clip, row, questions in zip(frames, found, [QUESTIONS, QUESTIONS[::-1]], strict=True):
+        for p_yes, question in zip(row, questions, strict=True):
+            inputs = model._inputs([(clip, question)])
+            with torch.inference_mode():
+                mass = torch.softmax(model.model(**inputs).logits[0, -1].double(), dim=-1)
+            expected = mass[yes].sum() / mass[yes + no].sum()
+            assert p_yes == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_p_yes_does_not_depend_on_neighbours(model):
+    frames = clips(5)
+    questions = [[question + " " + "Look closely. " * at for question in QUESTIONS] for at in range(5)]
+    together = model.p_yes(frames, questions)
+    alone = [model.p_yes(frames[at : at + 1], questions[at : at + 1])[0] for at in range(5)]
+    assert together.dtype == np.float32
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert np.ptp(together) > 1e-3  # the clips and questions do differ
+
+
+def test_p_yes_is_the_same_however_it_is_cut_into_passes(model, monkeypatch):
+    frames, questions = clips(3), [QUESTIONS] * 3
+    whole = model.p_yes(frames, questions)
+    monkeypatch.setattr(multimodal, "TOKENS_PER_FORWARD", 1)
+    np.testing.assert_allclose(model.p_yes(frames, questions), whole, atol=1e-5)
+
+
+def test_p_yes_takes_images(model):
+    assert model.p_yes(clips(3, num_frames=1), [QUESTIONS] * 3).shape == (3, 2)
+
+
+def test_p_yes_of_no_clips_is_empty(model):
+    assert model.p_yes(clips(0), []).shape[0] == 0
+
+
+def test_p_yes_ignores_control_tokens_in_a_question(model):
+    frames = clips(1)
+    spelled = model.p_yes(frames, [["Is <image> it<|im_end|> clean?"]])
+    np.testing.assert_allclose(spelled, model.p_yes(frames, [["Is   it  clean?"]]), atol=1e-6)
+
+
+def test_p_yes_is_nan_where_logits_are_not_finite(fresh):
+    with torch.no_grad():
+        fresh.model.get_output_embeddings().weight[0] = torch.nan  # another token's row: Yes and No stay sound
+        assert np.isfinite(fresh.p_yes(clips(1), [QUESTIONS])).all()
+        fresh.model.get_output_embeddings().weight[fresh._yes] = torch.nan
+    assert np.isnan(fresh.p_yes(clips(1), [QUESTIONS])).all()
+
+
+def test_p_yes_says_when_frames_do_not_fit(fresh):
+    fresh.context = 100
+    with pytest.raises(
+        ValueError, match=r"8 frames and a question are \d+ tokens, and the model reads 100; lower judge"
+    ):
+        fresh.p_yes(clips(1, num_frames=8), [QUESTIONS])
+
+
+def test_captions_do_not_depend_on_neighbours(model):
+    frames, instructions = (
+        clips(3),
+        ["Describe this video.", "Describe this video in full detail, with all its colours."],
+    )
+    together = model.caption(frames, instructions, max_new_tokens=6)
+    assert [len(row) for row in together] == [2, 2, 2]
+    assert together == [model.caption(frames[at : at + 1], instructions, max_new_tokens=6)[0] for at in range(3)]
+
+
+def test_captions_are_as_long_as_asked(tiny_pack):
+    model = load_multimodal(MultimodalRef(str(tiny_pack / "judge")))
+    ((short,),) = model.caption(clips(1), ["Describe this video."], max_new_tokens=3)
+    ((long,),) = model.caption(clips(1), ["Describe this video."], max_new_tokens=12)
+    assert len(short.split()) == 3
+    assert long.startswith(short) and len(long) > len(short)
+
+
+def test_tiny_judge_tells_clips_apart(tiny_pack):
+    model = load_multimodal(MultimodalRef(str(tiny_pack / "judge")))
+    p_yes = model.p_yes(clips(24, seed=1), [QUESTIONS[:1]] * 24)
+    assert p_yes.min() < 0.5 < p_yes.max()
+    assert p_yes.std() > 0.1
+
+
+def test_load_multimodal_loads_once_for_equal_references(tiny_pack):
+    ref = MultimodalRef(str(tiny_pack / "judge"))
+    assert load_multimodal(ref) is load_multimodal(pickle.loads(pickle.dumps(ref)))
+
+
+def test_load_multimodal_names_what_it_cannot_load(tiny_pack, tmp_path):
+    with pytest.raises(UserError, match=r"^judge.model, caption.model: .*/expander: cannot be loaded") as raised:
+        load_multimodal(MultimodalRef(str(tiny_pack / "expander")))
+    assert "\n" not in str(raised.value)
+    for path in (tiny_pack / "judge").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes()[: 5000 if path.suffix == ".safetensors" else None])
+    with pytest.raises(UserError, match=r"cannot be loaded as a multimodal model \(SafetensorError"):
+        load_multimodal(MultimodalRef(str(tmp_path)))
+
+
+def test_load_multimodal_refuses_a_judge_without_yes_and_no(tiny_pack, tmp_path):
+    for path in (tiny_pack / "judge").iterdir():
+        content = path.read_bytes()
+        (tmp_path / path.name).write_bytes(
+            content.replace(b'"Yes"', b'"Yep"').replace("ĠYes".encode(), "ĠYep".encode())
+        )
+    with pytest.raises(UserError, match="no single token for 'Yes'"):
+        load_multimodal(MultimodalRef(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("total", "shown", "expected"),
+    [(17, 5, [0, 4, 8, 12, 16]), (17, 2, [0, 16]), (4, 8, [0, 1, 2, 3]), (1, 8, [0]), (9, 1, [0])],
+)
+def test_evenly_spaced_keeps_first_and_last(total, shown, expected):
+    frames = np.arange(total, dtype=np.uint8).reshape(1, total, 1, 1, 1)
+    assert evenly_spaced(frames, shown).ravel().tolist() == expected

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from infra.errors import UserError
+from stages.rubric import PROMPT_CHARACTERS, check_thresholds, load_rubric
+
+GOOD = """
+name: mine
+questions:
+  - {name: hands, text: 'Are the hands in this {media} right? {prompt} Yes or No?', threshold: 0.7, weight: 3}
+  - {name: still, text: 'Is it sharp?', media: image}
+"""
+
+
+@pytest.fixture
+def rubric(tmp_path):
+    (tmp_path / "mine.yaml").write_text(GOOD)
+    return load_rubric(str(tmp_path / "mine.yaml"))
+
+
+def test_load_rubric_reads_questions_and_defaults(rubric):
+    hands, still = rubric.questions
+    assert (rubric.name, hands.threshold, hands.weight, still.threshold, still.weight) == ("mine", 0.7, 3, 0.5, 1)
+    assert rubric.thresholds({"still": 0.9}) == {"hands": 0.7, "still": 0.9}
+    assert hash(pickle.loads(pickle.dumps(rubric))) == hash(rubric)
+
+
+def test_default_rubric_asks_about_prompt_artefacts_and_motion():
+    rubric = load_rubric("default")
+    assert [question.name for question in rubric.questions if question.asked(17)] == [
+        "prompt_match",
+        "no_artefacts",
+        "motion_smooth",
+    ]
+    assert [question.name for question in rubric.questions if question.asked(1)] == ["prompt_match", "no_artefacts"]
+    assert '"a red cat"' in rubric.questions[0].format("a red cat", 1)
+    assert all("Yes or No" in question.format("", 17) for question in rubric.questions)
+
+
+def test_question_quotes_the_prompt_as_data(rubric):
+    hands = rubric.questions[0]
+    assert hands.format("{media} {0} a\n cat", 17) == "Are the hands in this video right? {media} {0} a cat Yes or No?"
+    assert len(hands.format("x" * 100_000, 1)) < PROMPT_CHARACTERS + 100
+
+
+def test_rubric_hash_changes_with_any_question(rubric, tmp_path):
+    hashes = {rubric.sha256}
+    changes = {"0.7": "0.6", "weight: 3": "weight: 2", "sharp": "blurred", "hands,": "feet,", "image": "video"}
+    for old, new in changes.items():
+        (tmp_path / "mine.yaml").write_text(GOOD.replace(old, new))
+        hashes.add(load_rubric(str(tmp_path / "mine.yaml")).sha256)
+    assert len(hashes) == 6
+    (tmp_path / "mine.yaml").write_text(GOOD + "# a comment\n")
+    assert load_rubric(str(tmp_path / "mine.yaml")).sha256 == rubric.sha256
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1", "is not YAML"),
+        ("- a", "expected name and questions, found list"),
+        ("name: mine", "questions: is needed and missing"),
+        ("questions: []", "questions: at least one question is needed"),
+        ("questions: [{text: Is it good}]", "questions.0.name: is needed and missing"),
+        (
+            "questions: [{name: good, text: '{subject}?'}]",
+            "questions.0.text: takes {prompt} and {media}, and no {subject}",
+        ),
+        ("questions: [{name: good, text: '{prompt'}]", "questions.0.text: is no template"),
+        (
+            "questions: [{name: good, text: a, threshold: 50}]",
+            "questions.0.threshold: Input should be less than",
+        ),
+        ("questions: [{name: good, text: a, treshold: 0.5}]", "questions.0.treshold: unknown key"),
+        (
+            "questions: [{name: good, text: a, media: audio}]",
+            "questions.0.media: Input should be 'any', 'video' or 'image'",
+        ),
+        ("questions: [{name: good, text: a}, {name: good, text: b}]", "questions: two questions have the name good"),
+    ],
+)
+def test_load_rubric_names_the_key_that_is_wrong(text, message, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as raised:
+        load_rubric(str(path))
+    assert str(raised.value).startswith(f"judge.rubric: {path}: ")
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_load_rubric_lists_what_is_built_in():
+    with pytest.raises(
+        UserError, match=r"^judge.rubric: nothing: cannot be read .*; give one of default, or a YAML file$"
+    ):
+        load_rubric("nothing")
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "message"),
+    [
+        ({"hand": 0.5}, "judge.thresholds.hand: rubric mine has no such question; it has hands, still"),
+        ({"hands": 1.5}, "judge.thresholds.hands: expected a probability between 0 and 1, found 1.5"),
+    ],
+)
+def test_check_thresholds_refuses(thresholds, message, rubric):
+    with pytest.raises(UserError) as raised:
+        check_thresholds(rubric, thresholds)
+    assert str(raised.value) == message
