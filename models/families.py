@@ -150,6 +150,7 @@ def latent_channels(family: Family, pipe: Any) -> int:
 _PAIR = ("prompt_embeds", "negative_prompt_embeds")
 _POOLED = (*_PAIR, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+_SANA = (("use_resolution_binning", False), ("negative_prompt", None))
 
 FAMILIES: tuple[Family, ...] = (
     Family("Wan text-to-video", "WanPipeline", "video", _PAIR, 512, "tokenizer", patch=2, float32_vae=True),
@@ -221,7 +222,16 @@ FAMILIES: tuple[Family, ...] = (
         float32_vae=True,
         float32_latents=False,
     ),
-    Family("Sana", "SanaPipeline", "image", _MASKED, 300, None, patch=1, call=(("use_resolution_binning", False),)),
+    Family(
+        "Sana",
+        "SanaPipeline",
+        "image",
+        _MASKED,
+        300,
+        None,
+        patch=1,
+        call=(("use_resolution_binning", False), ("negative_prompt", None)),
+    ),
     Family(
         "Qwen-Image",
         "QwenImagePipeline",

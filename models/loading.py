@@ -133,12 +133,13 @@ def _place(pipe: Any, ref: GeneratorRef, device: str) -> None:
 
 
 def be_quiet() -> None:
-    """No progress bars: a worker's output is a log."""
+    """Errors only, no progress bars: a worker's output is a log, and diffusers warns of each prompt that it cuts."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
 
 
 def _first_line(error: Exception) -> str:

@@ -58,7 +58,7 @@ def run_whole(
     return _frames(output, height, width, num_frames)
 
 
-class _ShapeFound(Exception):  # noqa: N818 (a way out, not an error)
+class _ShapeFound(Exception):
     """The shape is known; the rest of the call is not needed."""
 
 
