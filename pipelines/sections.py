@@ -1,0 +1,319 @@
+"""Sections of the spec: what a user writes, as pydantic models. Every key is documented here and nowhere else."""
+
+from __future__ import annotations
+
+import re
+from datetime import date, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+DEFAULT_PACK = "pack://tiny"
+
+
+class Section(BaseModel):
+    """Keys that belong together. A key that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _yes_no(value: Any) -> Any:
+    """YAML reads a bare yes or no as true or false."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+
+
+def _iso(value: Any) -> Any:
+    """YAML reads a bare ISO 8601 time as a time."""
+    return value.isoformat() if isinstance(value, (datetime, date)) else value
+
+
+class Adapter(Section):
+    """A LoRA adapter that a generator carries."""
+
+    uri: str = Field(description="Safetensors file or folder: a local path, an fsspec URL or a hub id.")
+    weight: float = Field(1.0, description="Scale of the adapter.")
+
+
+class Generator(Section):
+    """A text encoder, a denoiser and a decoder in the diffusers checkpoint format."""
+
+    model: str = Field(DEFAULT_PACK, description="pack://NAME, a local folder, an fsspec URL or a hub id.")
+    revision: str | None = Field(None, description="Hub revision; needed where remote code is allowed.")
+    remote_code: str | None = Field(
+        None,
+        description="Hub repository whose pipeline code may run; needs `revision`. No other remote code ever runs.",
+    )
+    adapters: tuple[Adapter, ...] = Field((), description="LoRA adapters, applied in order.")
+    teacher_steps: int = Field(
+        0, ge=0, description="First steps taken by the base model before its student takes over."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of the denoiser; auto is bfloat16 on an accelerator and float32 on a CPU."
+    )
+    licence: str | None = Field(None, description="SPDX id or name, where the checkpoint does not say.")
+    may_train: Annotated[Literal["yes", "no", "unknown"] | None, BeforeValidator(_yes_no)] = Field(
+        None, description="May its outputs train other models? Overrides what the table of licences says."
+    )
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Generator:
+        if self.remote_code and not self.revision:
+            raise ValueError("remote_code needs a revision: name the commit whose code you have read")
+        return self
+
+
+class Expand(Section):
+    """How one prompt record becomes several prompts."""
+
+    model: str = Field(DEFAULT_PACK, description="A causal language model with a chat template.")
+    revision: str | None = Field(None, description="Hub revision.")
+    variants: int = Field(2, ge=1, description="Prompts made from each record.")
+    temperature: float = Field(0.8, ge=0, description="Sampling temperature; 0 is greedy.")
+    max_new_tokens: int = Field(96, ge=1, description="Longest expansion, in tokens.")
+    instruction: str = Field(
+        "Rewrite this prompt for a video model: keep all that it says, add detail on look and motion. Prompt: {prompt}",
+        description="What the model is asked; {prompt} is the record's prompt.",
+    )
+    keep_original: bool = Field(False, description="Keep the record's own prompt as one more variant.")
+
+    @field_validator("instruction")
+    @classmethod
+    def _names_prompt(cls, value: str) -> str:
+        if "{prompt}" not in value:
+            raise ValueError("must contain {prompt}")
+        return value
+
+
+class Prompts(Section):
+    """Where prompt records come from."""
+
+    path: str | None = Field(
+        None, description="Text (a prompt a line), JSONL, CSV or Parquet: a path or an fsspec URL."
+    )
+    inline: tuple[str | dict[str, Any], ...] = Field(
+        (), description="Records written here: texts, or objects with a record's fields."
+    )
+    column: str = Field("prompt", description="Column that holds the prompt.")
+    exclude: tuple[str, ...] = Field(
+        (), description="Files of prompts to keep out (benchmarks), exact and near matches."
+    )
+    near_duplicates: Literal["report", "drop", "ignore"] = Field(
+        "report", description="What becomes of near-duplicate prompts."
+    )
+    near_threshold: float = Field(
+        0.85, gt=0, le=1, description="Jaccard similarity of word 3-shingles that counts as near."
+    )
+    expand: Expand | None = Field(
+        None, description="Expansion by a language model; left out, prompts are used as they are."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Prompts:
+        if (self.path is None) == (not self.inline):
+            raise ValueError("give exactly one of prompts.path and prompts.inline")
+        return self
+
+
+class Bucket(Section):
+    """A media shape; one frame makes images."""
+
+    height: int = Field(64, ge=8, description="Pixels.")
+    width: int = Field(64, ge=8, description="Pixels.")
+    num_frames: int = Field(17, ge=1, description="Frames; 4k+1 for Wan's VAE, 1 for images.")
+    fps: float = Field(8.0, gt=0, description="Frames a second of the written video.")
+    weight: float = Field(1.0, gt=0, description="Share of prompts drawn into this bucket, by a hash of the prompt.")
+
+
+class Sampler(Section):
+    """The sampler plan: what is meant to change the result."""
+
+    plan: str | None = Field(
+        None, description="`auto`, or a plan file made by `ditmill tune`; its keys replace those below."
+    )
+    scheduler: Literal["default", "unipc", "euler", "flow_match_euler", "dpmpp", "ddim"] = Field(
+        "default", description="default is the checkpoint's own."
+    )
+    num_inference_steps: int = Field(20, ge=1, description="Denoising steps.")
+    guidance_scale: float = Field(5.0, ge=0, description="Classifier-free guidance; 1 turns it off.")
+    shift: float | None = Field(None, description="Flow shift; left out, the checkpoint's own.")
+    max_sequence_length: int = Field(
+        512, ge=1, description="Tokens that a prompt is padded or cut to, where the family does."
+    )
+    accelerate: tuple[dict[str, Any], ...] = Field(
+        (), description="Techniques that skip work, in order. None is built in yet."
+    )
+    early_reject: dict[str, Any] | None = Field(
+        None, description="Stop samples that will be rejected. Not built in yet."
+    )
+
+    @model_validator(mode="after")
+    def _not_yet(self) -> Sampler:
+        if self.plan or self.accelerate or self.early_reject:
+            raise ValueError("plan, accelerate and early_reject are not available in this version; remove them")
+        return self
+
+
+class Parallel(Section):
+    """Degrees of the parallel layout; together they make the sampler group's size."""
+
+    cfg: int = Field(1, ge=1, description="Guidance branches on separate ranks.")
+    ulysses: int = Field(1, ge=1, description="Ulysses degree.")
+    ring: int = Field(1, ge=1, description="Ring degree.")
+    tensor: int = Field(1, ge=1, description="Tensor-parallel degree.")
+    dualparal: int = Field(1, ge=1, description="DualParal pipeline degree.")
+    vae: int = Field(1, ge=1, description="VAE-parallel degree.")
+
+    @model_validator(mode="after")
+    def _not_yet(self) -> Parallel:
+        found = {name: degree for name, degree in self if degree != 1}
+        if found:
+            raise ValueError(f"degrees other than 1 are not available in this version, found {found}; remove them")
+        return self
+
+
+class Layout(Section):
+    """What is not meant to change the result."""
+
+    batch_size: int = Field(16, ge=1, description="Samples denoised together; batches are padded to it.")
+    threads: int = Field(
+        1, ge=1, description="torch threads of each worker; a setting, because it changes the last bits."
+    )
+    parallel: Parallel = Field(Parallel(), description="Parallel degrees.")
+    offload: Literal["none", "model", "sequential"] = Field(
+        "none", description="diffusers' CPU offload, on an accelerator."
+    )
+    compile: bool = Field(False, description="torch.compile the denoiser, on an accelerator.")
+    vae_tiling: bool = Field(False, description="Decode in tiles.")
+
+
+class Score(Section):
+    """ScoreMedia: what needs no model. A bound that is left out rejects nothing."""
+
+    min_sharpness: float | None = Field(
+        None, description="Variance of the Laplacian of luma (0-255), mean over frames."
+    )
+    min_motion: float | None = Field(None, description="Mean optical-flow magnitude (Farneback), pixels a frame.")
+    max_motion: float | None = Field(None, description="The same, from above.")
+    max_flicker: float | None = Field(None, description="Mean absolute second difference of mean luma, 0-255.")
+    min_brightness: float | None = Field(None, description="Mean luma, 0-255.")
+    max_brightness: float | None = Field(None, description="The same, from above.")
+    reject_static: bool = Field(True, description="Reject videos in which no frame differs from the first.")
+    reject_duplicates: bool = Field(
+        True, description="Reject media whose perceptual hash was seen before in the same batch."
+    )
+    duplicate_distance: int = Field(
+        0, ge=0, le=64, description="Hamming distance of 64-bit perceptual hashes that is still a duplicate."
+    )
+
+
+class Judge(Section):
+    """The model that scores, and the bar."""
+
+    backend: Literal["transformers", "call", "none"] = Field(
+        "transformers",
+        description="transformers in process; call: your own code; none: what ScoreMedia leaves is accepted.",
+    )
+    model: str = Field(DEFAULT_PACK, description="A multimodal model in transformers' checkpoint format.")
+    revision: str | None = Field(None, description="Hub revision.")
+    call: str | None = Field(
+        None, description="module:function of backend `call`: takes a batch, returns {question: [n] floats}."
+    )
+    version: str | None = Field(None, description="Version of that code, recorded with each score.")
+    rubric: str = Field("default", description="`default` or a YAML file of questions.")
+    thresholds: dict[str, float] = Field({}, description="Least P(yes) for each question; replaces the rubric's own.")
+    num_frames: int = Field(8, ge=1, description="Frames shown to the model, evenly spaced.")
+
+    @model_validator(mode="after")
+    def _call_is_named(self) -> Judge:
+        if self.backend == "call" and not (self.call and self.version):
+            raise ValueError("backend `call` needs call: 'module:function' and a version")
+        return self
+
+
+class Caption(Section):
+    """The model that captions what was accepted."""
+
+    model: str = Field(DEFAULT_PACK, description="A multimodal model; the judge's own is loaded once for both.")
+    revision: str | None = Field(None, description="Hub revision.")
+    styles: tuple[Literal["short", "dense"], ...] = Field(
+        ("short", "dense"), description="Captions to write; the first is the sample's."
+    )
+    max_new_tokens: int = Field(96, ge=1, description="Longest caption, in tokens.")
+    num_frames: int = Field(8, ge=1, description="Frames shown to the model.")
+
+
+class Target(Section):
+    """When a run has enough."""
+
+    samples: int | None = Field(None, ge=1, description="Samples in the dataset, of any verdict, failures included.")
+    accepted: int | None = Field(None, ge=1, description="Accepted samples in the dataset.")
+
+
+class Budget(Section):
+    """When a run must stop."""
+
+    accelerator_seconds: float | None = Field(
+        None, gt=0, description="Allocated accelerator-seconds, with load and idle."
+    )
+    bytes: int | None = Field(None, gt=0, description="Bytes written under the dataset's root by this run.")
+    deadline: Annotated[str | None, BeforeValidator(_iso)] = Field(
+        None, description="ISO 8601 time, or a duration such as 90m (also s, h, d)."
+    )
+
+    @field_validator("deadline")
+    @classmethod
+    def _is_time(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\d+(\.\d+)?[smhd]", value):
+            try:
+                datetime.fromisoformat(value)
+            except ValueError:
+                raise ValueError("expected an ISO 8601 time, or a duration such as 90m") from None
+        return value
+
+
+class Policy(Section):
+    """What is allowed."""
+
+    licences: Literal["warn", "refuse", "ignore"] = Field(
+        "warn", description="What to do when a model's licence may not let its outputs train others."
+    )
+
+
+class Storage(Section):
+    """How to reach object storage; credentials come from the environment only."""
+
+    endpoint_url: str | None = Field(None, description="S3 endpoint; left out, the provider's own.")
+    region: str | None = Field(None, description="S3 region.")
+    allow_http: bool = Field(False, description="Allow an endpoint without TLS.")
+
+
+class Output(Section):
+    """Where the dataset lands."""
+
+    uri: str = Field("out/dataset", description="Folder or fsspec URL of the dataset's root.")
+    commit_every: float = Field(60, gt=0, description="Seconds between commits; a run also commits when it ends.")
+    keep_rejected: Literal["preview", "latents", "media", "none"] = Field(
+        "preview", description="What is kept of rejected samples, so that they can be seen and judged again."
+    )
+    image_format: Literal["webp", "png"] = Field("png", description="Format of single-frame samples.")
+    crf: int = Field(18, ge=0, le=51, description="x264 quality; lower is better and larger.")
+    tensors: dict[Literal["latents"], Literal["float32", "float16", "bfloat16"]] = Field(
+        {}, description="Tensors kept beside accepted media, with their dtype."
+    )
+    storage: Storage = Field(Storage(), description="Object storage.")
+
+
+class Compute(Section):
+    """What a run may use."""
+
+    ray_address: str | None = Field(
+        None, description="Address of a running Ray cluster; left out, one is started here."
+    )
+    limits: dict[Literal["cpus", "gpus"], float] = Field({}, description="Most CPUs and GPUs that this run takes.")
+    actors: dict[Literal["sample", "judge"], int] = Field(
+        {}, description="Actors of a stage group; left out, as many as fit."
+    )
+    split: Literal["auto", "shared", "stages"] = Field(
+        "auto",
+        description="shared: few actors hold several stages (small machines); stages: each model has its own actors.",
+    )
