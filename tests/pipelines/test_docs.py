@@ -1,0 +1,79 @@
+"""The docs say what the code says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from infra.schema import FAILURES, SAMPLES
+from pipelines.spec_docs import FILE, render
+
+REPO = Path(__file__).parents[2]
+PAGES = [*sorted(REPO.glob("*.md")), *sorted((REPO / "docs").rglob("*.md"))]
+
+
+def _page(name: str) -> str:
+    return (REPO / name).read_text(encoding="utf-8")
+
+
+def _source(*folders: str) -> str:
+    paths = [path for folder in folders for path in sorted((REPO / folder).rglob("*.py"))]
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+def _first_column(page: str, heading: str) -> set[str]:
+    """The names in the first column of the table below `heading`."""
+    section = _page(page).split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(REPO)))
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_spec_page_is_current() -> None:
+    assert FILE.read_text(encoding="utf-8") == render(), "run: python -m pipelines.spec_docs"
+
+
+def test_spec_page_links_to_sections_that_exist() -> None:
+    text = render()
+    titles = [line.strip("# `") for line in text.splitlines() if line.startswith("## ")]
+    headings = {title.translate({ord(sign): None for sign in ".[]"}) for title in titles}
+    linked = {part.partition(")")[0] for part in text.split("](#")[1:]}
+    assert linked and linked <= headings
+
+
+def test_every_error_type_that_a_stage_raises_is_documented() -> None:
+    raised = set(re.findall(r'SampleError\(\s*"(\w+)"', _source("stages", "models")))
+    assert raised and raised <= _first_column("docs/operations.md", "Samples that fail")
+
+
+def test_every_documented_error_type_exists() -> None:
+    quoted = set(re.findall(r'"(\w+)"', _source("stages", "models", "pipelines")))
+    assert _first_column("docs/operations.md", "Samples that fail") <= quoted
+
+
+def test_findings_of_verify_are_the_documented_ones() -> None:
+    source = _page("pipelines/verify.py")
+    found = set(re.findall(r'Finding\(\s*"(\w+)"', source))
+    found |= set(re.findall(r'kind = "(\w+)" if .* else "(\w+)"', source)[0])
+    assert found == _first_column("docs/operations.md", "Verify")
+
+
+def test_columns_of_samples_are_the_documented_ones() -> None:
+    assert _first_column("docs/dataset.md", "Columns of `samples`") == set(SAMPLES.names)
+
+
+def test_columns_of_failures_are_the_documented_ones() -> None:
+    listed = re.search(r"`failures` holds `([^`]+)`", " ".join(_page("docs/dataset.md").split()))
+    assert listed and listed[1].split(", ") == FAILURES.names
+
+
+def test_architecture_names_files_that_exist() -> None:
+    named = re.findall(r"`((?:flows|pipelines|stages|models|infra)/[\w./]+)`", _page("ARCHITECTURE.md"))
+    assert named and [path for path in named if not (REPO / path).exists()] == []
