@@ -97,8 +97,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What would run, what it would cost, and what differs from what the dataset holds. Runs nothing."""
+    _worker_environment()
     from pipelines.plan import make_plan, render
-
     from pipelines.spec import load_spec
 
     found = make_plan(load_spec(spec_path, overrides), calibrate=calibrate)
@@ -151,7 +151,6 @@ def stop(dataset: Dataset) -> None:
 def report(dataset: Dataset) -> None:
     """Write the gallery and funnel as one HTML page, and the dataset card."""
     from pipelines.card import write_card
-
     from pipelines.report import build_report
 
     storage = _storage(dataset)

@@ -42,10 +42,10 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool, name: str = "") -> i
         if as_json:
             print(json.dumps({"status": "nothing to do", "dataset": resolved.storage.root, "new": 0}))
         return 0
-    for licence in resolved.licences:
+    for model, licence in resolved.licences:
         if licence.may_train != "yes" and spec.policy.licences == "warn":
             shown.say(
-                f"licence: {licence.name}: may its outputs train other models? {licence.may_train} ({licence.why})"
+                f"licence: may outputs of {model} train other models? {licence.may_train}: {licence.name}, {licence.why}"
             )
     env = worker_env(spec.layout.threads)
     limits: dict[str, float] = dict(spec.compute.limits)  # type: ignore[arg-type]

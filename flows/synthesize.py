@@ -129,7 +129,6 @@ def verify_dataset(run: Run) -> None:
 def publish(run: Run) -> None:
     """Card, report and artifacts."""
     from pipelines.card import write_card
-
     from pipelines.report import build_report
 
     storage, outcome = run.resolved.storage, run.outcome

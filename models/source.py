@@ -50,6 +50,24 @@ def resolve(uri: str, part: str, revision: str | None = None) -> str:
     return str(path)
 
 
+def is_here(uri: str, revision: str | None = None) -> bool:
+    """Whether `resolve` would find the model without fetching it. A local path that is wrong counts as here."""
+    if uri.startswith("pack://"):
+        return True
+    if "://" in uri:
+        return _fetched(uri).exists()
+    if Path(uri).expanduser().exists() or _looks_local(uri):
+        return True
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        snapshot_download(uri, revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, ValueError):
+        return False
+    return True
+
+
 def content_sha256(path: str) -> str:
     """sha256 of a model's content: of the sorted (relative path, sha256) of each file that loaders read.
 
@@ -112,11 +130,16 @@ def _from_hub(uri: str, key: str, revision: str | None) -> Path:
         ) from error
 
 
+def _fetched(uri: str) -> Path:
+    """Where the copy of an fsspec URL lies once it is fetched."""
+    return cache_dir() / "models" / hashlib.sha256(uri.encode()).hexdigest()[:32]
+
+
 def _fetch(uri: str, key: str) -> Path:
     """A copy of an fsspec folder in the cache, whole or absent."""
     import fsspec
 
-    target = cache_dir() / "models" / hashlib.sha256(uri.encode()).hexdigest()[:32]
+    target = _fetched(uri)
     if target.exists():
         return _only_file(target, uri)
     try:

@@ -57,7 +57,7 @@ class Resolved:
     judge: MultimodalRef | None
     captioner: MultimodalRef | None
     expander: Expander | None
-    licences: tuple[Licence, ...]
+    licences: tuple[tuple[str, Licence], ...]
 
     def again(self) -> Resolved:
         """The same as a run of its own: a run id that was swept cannot commit any more."""
@@ -141,7 +141,8 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
     if spec.judge.backend == "transformers":
         check_thresholds(rubric, spec.judge.thresholds)
     plan = sampler_plan(spec)
-    generators, facts, ids, licences = [], [], [], []
+    generators, facts, ids = [], [], []
+    licences: dict[str, Licence] = {}
     for at, generator in enumerate(spec.generators):
         if generator.teacher_steps:
             raise UserError(
@@ -177,17 +178,17 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         generators.append(ref)
         facts.append(fact)
         ids.append(generator_id(sha256, weights))
-        licences.append(licence_of(folder, generator.model, _licence_override(generator.licence, generator.may_train)))
+        licences[generator.model] = licence_of(folder, generator.model, (generator.licence, generator.may_train))
     judge = captioner = None
     if spec.judge.backend == "transformers":
         judge = MultimodalRef(resolve(spec.judge.model, "judge", spec.judge.revision))
-        licences.append(licence_of(judge.path, spec.judge.model, None))
+        licences.setdefault(spec.judge.model, licence_of(judge.path, spec.judge.model))
     if spec.caption is not None:
         captioner = MultimodalRef(resolve(spec.caption.model, "judge", spec.caption.revision))
-        licences.append(licence_of(captioner.path, spec.caption.model, None))
+        licences.setdefault(spec.caption.model, licence_of(captioner.path, spec.caption.model))
     expander = _expander(spec)
     if expander is not None and spec.prompts.expand is not None:
-        licences.append(licence_of(expander.stage.model.path, spec.prompts.expand.model, None))
+        licences.setdefault(spec.prompts.expand.model, licence_of(expander.stage.model.path, spec.prompts.expand.model))
     _check_licences(spec, licences)
     return Resolved(
         spec=spec,
@@ -201,7 +202,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         judge=judge,
         captioner=captioner,
         expander=expander,
-        licences=tuple(dict.fromkeys(licences)),
+        licences=tuple(licences.items()),
     )
 
 
@@ -261,17 +262,12 @@ def _expander(spec: Spec) -> Expander | None:
     return Expander(stage, hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
 
 
-def _licence_override(name: str | None, may_train: str | None) -> tuple[str | None, str | None] | None:
-    return None if name is None and may_train is None else (name, may_train)
-
-
-def _check_licences(spec: Spec, licences: list[Licence]) -> None:
+def _check_licences(spec: Spec, licences: dict[str, Licence]) -> None:
     if spec.policy.licences != "refuse":
         return
-    refused = [licence for licence in licences if licence.may_train != "yes"]
-    if refused:
-        first = refused[0]
-        raise UserError(
-            f"policy.licences: refuse, and {first.name} ({first.why}) says {first.may_train} on training other models;"
-            " choose another model, or give its generator may_train: yes if you have leave"
-        )
+    for model, licence in licences.items():
+        if licence.may_train != "yes":
+            raise UserError(
+                f"policy.licences: refuse, and {model} ({licence.name}: {licence.why}) says {licence.may_train} on training"
+                " other models; choose another model, or give its generator may_train: yes if you have leave"
+            )

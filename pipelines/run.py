@@ -89,7 +89,7 @@ def commit_run_row(run: Resolved, event: str, **values: Any) -> None:
         "spec_json": redact(run.spec.model_dump_json()),
         "versions_json": json.dumps({"ditmill": code_version(), "python": platform.python_version(), **_versions()}),
         "hosts_json": json.dumps([{"host": socket.gethostname(), "machine": platform.machine()}]),
-        "licences_json": json.dumps([asdict(licence) for licence in run.licences]),
+        "licences_json": json.dumps([{"model": model, **asdict(licence)} for model, licence in run.licences]),
         "created_at": datetime.now(UTC),
         **values,
     }

@@ -1,0 +1,90 @@
+"""How long a batch takes in each stage, and how many bytes it leaves, from one small batch in this process."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+
+from infra.storage import Storage
+from pipelines.enumeration import PLANNED, Planned, planned_batch
+from pipelines.identity import sample_id
+from pipelines.records import PromptRecord, expand_rows, unique_records
+from pipelines.resolve import Resolved
+from stages.actor import run_stage
+
+STEPS = 2
+"""Denoising steps of the calibration batch; the plan's are extrapolated by function evaluations."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Seconds of one full batch in each stage (sampling at the plan's own steps), NFE and bytes of one sample.
+
+    `load_seconds` is the time all models took to load. Accepted and rejected samples leave different bytes; these are the
+    mean over the batch.
+    """
+
+    samples: int
+    stage_seconds: dict[str, float]
+    load_seconds: float
+    nfe: int
+    nbytes: float
+
+
+def calibrate(run: Resolved) -> Calibration | None:
+    """Take one batch of the run's first prompts through all stages; None if no prompt can be sampled."""
+    batch_size = run.spec.layout.batch_size
+    group = list(_first(run, batch_size))
+    if not group:
+        return None
+    batch = planned_batch(group, run.spec.seed, {})
+    short = replace(run.plan, num_inference_steps=min(STEPS, run.plan.num_inference_steps))
+    seconds: dict[str, float] = {}
+    load = 0.0
+    nfe = 0
+    with tempfile.TemporaryDirectory(prefix="ditmill-calibrate-") as folder:
+        trial = replace(run, plan=short, storage=Storage(folder))
+        for stage in (*trial.generating(), *trial.judging()):
+            began = time.perf_counter()
+            stage.load()
+            load += time.perf_counter() - began
+            if stage.name == "sample":
+                run_stage(stage, batch)  # the first call is slow everywhere
+            began = time.perf_counter()
+            batch, _ = run_stage(stage, batch)
+            seconds[stage.name] = time.perf_counter() - began
+            if stage.name == "sample":
+                scale = run.plan.num_inference_steps / short.num_inference_steps
+                seconds["sample"] *= scale
+                nfe = round(int(np.max(batch.get("nfe", np.zeros(1)))) * scale)
+        result = json.loads(batch["result"][0])
+    count = result["accepted"] + result["rejected"]
+    nbytes = (result["media_nbytes"] + sum(part["nbytes"] for part in result["parts"])) / max(1, count)
+    return Calibration(len(group), seconds, load, nfe, nbytes)
+
+
+def _first(run: Resolved, count: int) -> Iterator[Planned]:
+    """The first planned samples of one media shape, with prompts as they stand in the records."""
+    shape = None
+    for record in islice(unique_records(run.spec), 64 * count):
+        found = (record.height, record.width, record.num_frames)
+        shape = shape or found
+        if found != shape or not record.prompt.strip():
+            continue
+        yield _planned(run, record)
+        count -= 1
+        if count == 0:
+            return
+
+
+def _planned(run: Resolved, record: PromptRecord) -> Planned:
+    row = expand_rows(record, [], "", keep_original=True)[0]
+    rows = pa.RecordBatch.from_pylist([row], PLANNED)
+    return Planned(0, rows, 0, 0, 0, sample_id(row["prompt_id"], 0, run.generator_ids[0], run.plan.plan_id))

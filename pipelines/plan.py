@@ -1,0 +1,193 @@
+"""`ditmill plan`: what would run, what it would cost, and what differs from what the dataset holds."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from models.licences import Licence
+from models.source import is_here
+from pipelines import calibrate as calibration
+from pipelines.calibrate import Calibration
+from pipelines.dedup import RecordReport
+from pipelines.differences import Difference, difference
+from pipelines.graph import Group
+from pipelines.records import unique_records
+from pipelines.resolve import resolve_spec, sampler_plan
+from pipelines.run import Cluster, check_dataset, sample_groups
+from pipelines.spec import Spec, absolute_paths
+
+START_SECONDS = 20.0
+"""Ray and Prefect, beside loading models, on a small machine."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the new samples would cost on this machine. `seconds` is wall time, start-up and loading included."""
+
+    seconds: float
+    accelerator_seconds: float
+    nbytes: float
+    nfe: int
+    nfe_each: int
+    stage_seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A plan. `resolved` parts are None where models are not on this machine: `missing` names those."""
+
+    spec: Spec
+    records: RecordReport
+    planned: int
+    difference: Difference | None
+    groups: tuple[Group, ...]
+    licences: dict[str, Licence]
+    missing: tuple[str, ...]
+    estimate: Estimate | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "spec": self.spec.model_dump(mode="json"),
+            "prompts": self.records.as_dict(),
+            "planned": self.planned,
+            "new": self.difference.new if self.difference else self.planned,
+            "difference": None if self.difference is None else asdict(self.difference),
+            "groups": [
+                {
+                    "name": group.name,
+                    "stages": [stage.name for stage in group.stages],
+                    "actors": group.actors,
+                    "num_cpus": group.num_cpus,
+                    "num_gpus": group.num_gpus,
+                }
+                for group in self.groups
+            ],
+            "licences": {model: asdict(licence) for model, licence in self.licences.items()},
+            "missing_models": list(self.missing),
+            "estimate": None if self.estimate is None else asdict(self.estimate),
+        }
+
+
+def make_plan(spec: Spec, calibrate: bool = True) -> PlanReport:
+    """Plan a spec. Reads prompts, tables and models that are here; fetches nothing and writes nothing to the dataset."""
+    spec = absolute_paths(spec)
+    records = RecordReport()
+    missing = tuple(model for model, revision in _models(spec) if not is_here(model, revision))
+    if missing:
+        count = sum(1 for _ in unique_records(spec, records))
+        expand = spec.prompts.expand
+        variants = (expand.variants + expand.keep_original) if expand else 1
+        planned = count * variants * spec.samples_per_prompt * len(spec.generators)
+        if spec.target.samples is not None:
+            planned = min(planned, spec.target.samples)
+        sampler_plan(spec)
+        return PlanReport(spec, records, planned, None, (), _stated(spec, missing), missing, None)
+    run = resolve_spec(spec)
+    check_dataset(run)
+    found = difference(run, records)
+    groups = sample_groups(run, local_cluster(spec))
+    estimate = None
+    if calibrate and found.new:
+        measured = calibration.calibrate(run)
+        estimate = None if measured is None else _estimate(found.new, run.spec.layout.batch_size, groups, measured)
+    return PlanReport(spec, records, found.planned, found, groups, dict(run.licences), (), estimate)
+
+
+def local_cluster(spec: Spec) -> Cluster:
+    """What a cluster started on this machine would have, within the spec's limits."""
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    limits: dict[str, float] = dict(spec.compute.limits)  # type: ignore[arg-type]
+    return Cluster(
+        min(float(os.cpu_count() or 1), limits.get("cpus", float("inf"))),
+        min(float(gpus), limits.get("gpus", float("inf"))),
+    )
+
+
+def render(plan: PlanReport, name: str) -> str:
+    """The plan for a person."""
+    spec = plan.spec
+    lines = [f"{name}: recipe {spec.recipe} into {spec.output.uri}", f"  prompts: {plan.records.summary()}"]
+    for example in plan.records.examples:
+        lines.append(f"    {example.kind}: {example.prompt!r} ~ {example.like!r}")
+    if plan.difference is None:
+        lines.append(f"  {plan.planned} samples planned")
+    else:
+        lines += [f"  {line}" for line in plan.difference.lines(spec.output.uri)]
+    for group in plan.groups:
+        stages = " > ".join(stage.name for stage in group.stages)
+        gpus = f", {group.num_gpus:g} GPU" if group.num_gpus else ""
+        lines.append(f"  {group.name}: {stages}: {group.actors} actor(s) of {group.num_cpus:.2g} CPU{gpus}")
+    if plan.estimate is not None:
+        found = plan.estimate
+        lines.append(
+            f"  estimated here: {_duration(found.seconds)}, {found.accelerator_seconds:.0f} accelerator-seconds,"
+            f" {found.nbytes / 1e6:.1f} MB, {found.nfe} function evaluations ({found.nfe_each} a sample)"
+        )
+        each = ", ".join(f"{stage} {seconds:.3g}" for stage, seconds in found.stage_seconds.items())
+        lines.append(f"    seconds a sample: {each}")
+    for model, licence in plan.licences.items():
+        lines.append(
+            f"  licence of {model}: {licence.name}; may outputs train others? {licence.may_train} ({licence.why})"
+        )
+    if plan.missing:
+        lines.append(f"  not on this machine, so no estimate: {', '.join(plan.missing)}; `ditmill run` fetches them")
+    lines.append("  resolved spec:")
+    lines += [
+        f"    {line}" for line in yaml.safe_dump(_set_keys(spec), sort_keys=False, allow_unicode=True).splitlines()
+    ]
+    return "\n".join(lines)
+
+
+def _set_keys(spec: Spec) -> dict[str, Any]:
+    """The spec without keys that hold nothing."""
+    return {key: value for key, value in spec.model_dump(mode="json").items() if value not in ({}, [], None)}
+
+
+def _models(spec: Spec) -> dict[tuple[str, str | None], None]:
+    """(model, revision) of all models that a spec names."""
+    named: list[tuple[str, str | None]] = [(generator.model, generator.revision) for generator in spec.generators]
+    named += [(adapter.uri, None) for generator in spec.generators for adapter in generator.adapters]
+    if spec.judge.backend == "transformers":
+        named.append((spec.judge.model, spec.judge.revision))
+    if spec.caption is not None:
+        named.append((spec.caption.model, spec.caption.revision))
+    if spec.prompts.expand is not None:
+        named.append((spec.prompts.expand.model, spec.prompts.expand.revision))
+    return dict.fromkeys(named)
+
+
+def _stated(spec: Spec, missing: tuple[str, ...]) -> dict[str, Licence]:
+    """Licences as the spec states them, for models that are not here."""
+    stated = {model: Licence("unknown", "unknown", "it is not on this machine yet") for model in missing}
+    for generator in spec.generators:
+        if generator.licence or generator.may_train:
+            stated[generator.model] = Licence(
+                generator.licence or "unknown",
+                generator.may_train or "unknown",
+                "the spec says so (generators.may_train)",
+            )
+    return stated
+
+
+def _estimate(new: int, batch_size: int, groups: tuple[Group, ...], measured: Calibration) -> Estimate:
+    batches = -(-new // batch_size)
+    busiest = max(
+        sum(measured.stage_seconds.get(stage.name, 0.0) for stage in group.stages) * batches / group.actors
+        for group in groups
+    )
+    per_sample = {stage: seconds / measured.samples for stage, seconds in measured.stage_seconds.items()}
+    seconds = START_SECONDS + measured.load_seconds + busiest
+    # Every actor is held for the whole run, busy or not.
+    held = sum(group.actors * group.accelerators for group in groups) * (measured.load_seconds + busiest)
+    return Estimate(seconds, held, measured.nbytes * new, measured.nfe * new, measured.nfe, per_sample)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
