@@ -121,7 +121,8 @@ def run(
 def _run(spec: Spec, as_json: bool, retry_failed: bool, name: str = "") -> None:
     from flows.session import run_flow
 
-    raise SystemExit(code) if (code := run_flow(spec, as_json=as_json, retry_failed=retry_failed, name=name)) else None
+    if code := run_flow(spec, as_json=as_json, retry_failed=retry_failed, name=name):
+        raise SystemExit(code)
 
 
 @app.command()
