@@ -259,15 +259,7 @@ def _run_rows(
         "planned": 1000,
         "versions_json": json.dumps({"ditmill": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "diffusers": "0.42.1"}),
         "hosts_json": json.dumps([{"host": "node-1", "cpus": 2, "gpus": 0}]),
-        "licences_json": json.dumps(
-            {
-                "generator pack://tiny": {
-                    "name": "Apache-2.0",
-                    "may_train": "yes",
-                    "why": "random weights made by this program",
-                }
-            }
-        ),
+        "licences_json": json.dumps([{"name": "apache-2.0", "may_train": "yes", "why": "permissive licence"}]),
         "reproducible": "bitwise",
     }
     yield {**base, "event": "started", "status": "running", "created_at": start}
