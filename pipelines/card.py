@@ -141,12 +141,10 @@ def _pairs(run: Run | None, section: str) -> str:
     if not isinstance(found, Mapping):
         return ""
     told = {
-        name: value
-        for name, value in found.items()
-        if not isinstance(value, Mapping) and value not in (None, "", [], ())
+        name: value for name, value in found.items() if not isinstance(value, Mapping) and value not in (None, "", [])
     }
     return ", ".join(
-        f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in told.items()
+        f"{key}={'+'.join(map(str, said)) if isinstance(said, list) else said}" for key, said in told.items()
     )
 
 
