@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import date, datetime
 from typing import Annotated, Any, Literal
@@ -106,6 +107,16 @@ class Prompts(Section):
     expand: Expand | None = Field(
         None, description="Expansion by a language model; left out, prompts are used as they are."
     )
+
+    @field_validator("inline")
+    @classmethod
+    def _is_unicode(cls, value: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
+        for at, item in enumerate(value):
+            try:
+                json.dumps(item, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"expected Unicode text, found some in record {at} that UTF-8 cannot hold") from None
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> Prompts:

@@ -103,8 +103,9 @@ def load_spec(path: str | Path, overrides: list[str] | None = None) -> Spec:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{path}: cannot be read ({error}); give the path of a spec, or make one with `ditmill init`"
+            f"{path}: cannot be read ({reason}); give a spec's path, or make one with `ditmill init`"
         ) from error
     try:
         data = yaml.load(text, _Loader)

@@ -23,7 +23,8 @@ class EncodeText:
     """Adds `cond.*`: for each sample, what its generator's pipeline takes as embeddings, masks and first frame.
 
     A pipeline that runs whole adds nothing. Fails samples as `empty_prompt`, `bad_text` (not valid Unicode),
-    `prompt_too_long` and `bad_input` (a first frame that is missing or unreadable).
+    `prompt_too_long` and `bad_input` (an input that is missing or unreadable). What was found when the records were read
+    stands in `extra`: `bad_text` true, `bad_input` with the reason.
     """
 
     generators: tuple[GeneratorRef, ...]
@@ -32,7 +33,7 @@ class EncodeText:
     threads: int = 1
 
     name: ClassVar[str] = "encode"
-    reads: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt", "inputs", "generator", "height", "width")
+    reads: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt", "inputs", "extra", "generator", "height", "width")
     adds: ClassVar[tuple[str, ...]] = ("cond.*",)
     skips_rejected: ClassVar[bool] = False
 
@@ -46,8 +47,8 @@ class EncodeText:
     def __call__(self, batch: Batch) -> Batch:
         generator = load_generator(self.generators[int(batch["generator"][0])])
         problems = [
-            _problem(prompt, negative)
-            for prompt, negative in zip(batch["prompt"], batch["negative_prompt"], strict=True)
+            _problem(prompt, negative, json.loads(extra or "{}"))
+            for prompt, negative, extra in zip(batch["prompt"], batch["negative_prompt"], batch["extra"], strict=True)
         ]
         images: list[np.ndarray | None] = [None] * size(batch)
         if generator.family is not None and generator.family.inputs:
@@ -90,9 +91,13 @@ def padded(rows: np.ndarray, batch_size: int) -> np.ndarray:
     return np.concatenate([rows, np.repeat(rows[:1], missing)])
 
 
-def _problem(prompt: Any, negative_prompt: Any) -> tuple[str, str] | None:
+def _problem(prompt: Any, negative_prompt: Any, extra: dict[str, Any]) -> tuple[str, str] | None:
     if not str(prompt or "").strip():
         return "empty_prompt", "the prompt is empty"
+    if extra.get("bad_text") is True:
+        return "bad_text", "the record's text is not valid UTF-8; its bytes are shown as \\xNN"
+    if isinstance(extra.get("bad_input"), str):
+        return "bad_input", extra["bad_input"]
     for name, text in (("prompt", str(prompt)), ("negative_prompt", str(negative_prompt or ""))):
         if len(text) > LONGEST_PROMPT:
             return "prompt_too_long", f"the {name} has {len(text):,} characters; at most {LONGEST_PROMPT:,} are read"

@@ -28,7 +28,7 @@ from pipelines.records import (
     unique_records,
     variant_ids,
 )
-from pipelines.spec import Bucket, Expand, Prompts, Spec
+from pipelines.spec import Bucket, Expand, Prompts, Spec, parse_spec
 
 BUCKETS = (Bucket(),)
 EXAMPLES = Path(__file__).parents[2] / "pipelines" / "examples"
@@ -303,7 +303,7 @@ HARD = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 @given(st.lists(TEXTS | RECORDS | st.dictionaries(TEXTS, VALUES, max_size=3), min_size=1, max_size=4))
 def test_any_inline_records_give_rows_or_one_line(items: list[Any]) -> None:
     try:
-        rows = list(resolve_prompts(Spec(prompts=Prompts(inline=items))))
+        rows = list(resolve_prompts(parse_spec({"prompts": {"inline": items}})))
     except UserError as error:
         assert "\n" not in str(error)
         return

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infra.errors import UserError
+from pipelines.explain import leaves
+from pipelines.spec import Spec, absolute_paths, load_spec, parse_spec
+
+PROMPTS: dict[str, Any] = {"prompts": {"inline": ["a cat"]}}
+
+
+def mistake(data: dict[str, Any], *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_spec(data, list(overrides), source="x.yaml")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({}, "prompts: is needed and missing. Where prompts come from"),
+        ({"prompts": {}}, "prompts: give exactly one of prompts.path and prompts.inline"),
+        ({"prompts": {"path": "a.txt", "inline": ["a"]}}, "prompts: give exactly one of"),
+        ({"prompts": "a.txt"}, "prompts: expected keys and values, found 'a.txt'"),
+        ({"prompts": {"inline": ["a", 3]}}, "prompts.inline.1: expected a text or keys and values, found 3"),
+        ({"prompts": {"inline": ["\ud800"]}}, "prompts.inline: expected Unicode text"),
+        ({"promts": 1}, "promts: unknown key; did you mean prompts?"),
+        ({"sampler": {"steps": 3}}, "sampler.steps: unknown key; did you mean sampler.num_inference_steps?"),
+        ({"batch_size": 3}, "batch_size: unknown key; did you mean layout.batch_size?"),
+        ({"buckets": [{"widht": 3}]}, "buckets.0.widht: unknown key; did you mean buckets.0.width?"),
+        ({"layout": {"zzz": 3}}, "layout.zzz: unknown key; remove it, layout has batch_size, threads"),
+        ({"seed": "x"}, "seed: expected a whole number, found 'x'. Enters the noise"),
+        ({"seed": 2**63}, "seed: expected less than 9223372036854775808, found 9223372036854775808"),
+        ({"layout": {"batch_size": 0}}, "layout.batch_size: expected at least 1, found 0. Samples denoised together"),
+        ({"judge": {"backend": "oracle"}}, "judge.backend: expected 'transformers', 'call' or 'none', found 'oracle'"),
+        ({"judge": {"backend": "call"}}, "judge: backend `call` needs call: 'module:function' and a version"),
+        ({"judge": {"thresholds": {"a": "b"}}}, "judge.thresholds.a: expected a number, found 'b'"),
+        ({"output": {"tensors": {"foo": "float32"}}}, "output.tensors.foo: expected 'latents', found 'foo'"),
+        ({"name": "My data"}, "name: expected a text like ^[a-z0-9][a-z0-9_-]*$, found 'My data'"),
+        ({"buckets": []}, "buckets: expected at least 1 of them, found an empty list"),
+        ({"sampler": None}, "sampler: expected keys and values, found nothing (leave the key out instead)"),
+        ({"caption": {"styles": ["long"]}}, "caption.styles.0: expected 'short' or 'dense', found 'long'"),
+        ({"budget": {"deadline": "soon"}}, "budget.deadline: expected an ISO 8601 time, or a duration such as 90m"),
+        ({"layout": {"parallel": {"ring": 2}}}, "layout.parallel: degrees other than 1 are not available"),
+        ({"guards": {"a": 1}}, "guards: not available in this version; remove it"),
+        ({"generators": [{"remote_code": "a/b"}]}, "generators.0: remote_code needs a revision"),
+        ({1: 2}, "1: expected a text as key, found 1"),
+    ],
+)
+def test_parse_spec_says_a_mistake_in_one_line(data: dict[str, Any], line: str) -> None:
+    message = mistake(data if "prompts" in data or not data else {**PROMPTS, **data})
+    assert message.startswith(f"x.yaml: {line}")
+    assert "\n" not in message
+
+
+def test_parse_spec_says_every_mistake_once() -> None:
+    message = mistake({**PROMPTS, "seed": -1, "steps": 3, "buckets": [{"height": 2}, {"height": "x"}]})
+    assert [line.split(": ")[1] for line in message.splitlines()] == [
+        "seed",
+        "buckets.0.height",
+        "buckets.1.height",
+        "steps",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("sampler.num_inference_steps=4", ("sampler", "num_inference_steps"), 4),
+        ("sampler.guidance_scale=1", ("sampler", "guidance_scale"), 1.0),
+        ("buckets.0.height=128", ("buckets", 0, "height"), 128),
+        ("buckets=[{height: 32}, {height: 48}]", ("buckets", 1, "height"), 48),
+        ("generators.0.model=org/model", ("generators", 0, "model"), "org/model"),
+        ("caption.styles.0=dense", ("caption", "styles", 0), "dense"),
+        ("caption=null", ("caption",), None),
+        ("prompts.inline.0=a dog, running", ("prompts", "inline", 0), "a dog, running"),
+        ("judge.thresholds.quality=0.7", ("judge", "thresholds", "quality"), 0.7),
+        ("output.storage.endpoint_url=http://a:9000/?b=c", ("output", "storage", "endpoint_url"), "http://a:9000/?b=c"),
+        ("generators.0.may_train=yes", ("generators", 0, "may_train"), "yes"),
+        ("budget.deadline=2026-01-01T00:00:00Z", ("budget", "deadline"), "2026-01-01T00:00:00+00:00"),
+        ("budget.deadline=90m", ("budget", "deadline"), "90m"),
+    ],
+)
+def test_set_replaces_one_value(override: str, key: tuple[str | int, ...], value: Any) -> None:
+    found: Any = parse_spec(PROMPTS, [override])
+    for part in key:
+        found = found[part] if isinstance(part, int) or isinstance(found, dict) else getattr(found, part)
+    assert found == value
+
+
+def test_set_leaves_what_it_was_given_alone_and_applies_in_order() -> None:
+    data = {**PROMPTS, "buckets": [{"height": 32}]}
+    spec = parse_spec(data, ["buckets.0.height=128", "buckets.0.width=96", "buckets.0.height=160"])
+    assert (spec.buckets[0].height, spec.buckets[0].width) == (160, 96)
+    assert data["buckets"] == [{"height": 32}]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("a", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("a..b=3", "expected key=value"),
+        ("seed=[", "the value is not YAML"),
+        ("buckets.1.height=3", "expected an index (0 to 0), found 1"),
+        ("buckets.x=3", "expected a list"),
+        ("prompts.inline.0.height=3", "prompts.inline.0 holds a plain value, it has no height"),
+        ("generators.0.adapters.0.uri=x", "expected an index (none, for it is empty), found 0"),
+        ("sampler.stepz=3", "sampler.stepz: unknown key"),
+        ("seed=many", "seed: expected a whole number, found 'many'"),
+    ],
+)
+def test_set_says_a_mistake_in_one_line(override: str, words: str) -> None:
+    message = mistake(PROMPTS, override)
+    assert words in message
+    assert "\n" not in message
+
+
+KEYS = st.sampled_from([key for key, _ in leaves(Spec)]).map(lambda key: key.replace("buckets.", "buckets.0."))
+VALUES = st.sampled_from(["1", "-1", "x", "[1]", "{a: 1}", "null", "yes", "0.5", "1e400", "2026-01-01", "[", "'"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.builds("{}={}".format, KEYS, VALUES), max_size=3))
+def test_any_set_gives_a_spec_or_one_line_a_mistake(overrides: list[str]) -> None:
+    try:
+        parse_spec(PROMPTS, overrides)
+    except UserError as error:
+        assert all(": " in line for line in str(error).splitlines())
+
+
+@pytest.mark.parametrize("key", [key for key, _ in leaves(Spec)])
+def test_every_key_is_documented(key: str) -> None:
+    description = dict(leaves(Spec))[key].description
+    assert description, f"{key} has no description"
+    assert description.endswith("."), f"{key}: {description!r} is no sentence"
+
+
+def test_load_spec_reads_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("\ufeffname: a\nprompts: {inline: [a cat]}\ngenerators:\n- {may_train: no}\n", encoding="utf-8")
+    spec = load_spec(path, ["seed=3"])
+    assert (spec.name, spec.seed, spec.generators[0].may_train) == ("a", 3, "no")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "(No such file or directory); give a spec's path, or make one with `ditmill init`"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"", "expected keys and values, found nothing"),
+        (b"- a", "expected keys and values, found list"),
+        (b"a: [", "is not YAML"),
+        (b"seed: 1\nname: a\nseed: 2", "seed stands twice"),
+        (b"seed: 1\nprompts: {inline: [a], inline: [b]}", "inline stands twice"),
+        (b"seed: !!python/object:os.system x", "is not YAML"),
+    ],
+)
+def test_load_spec_says_a_mistake_in_one_line(tmp_path: Path, text: bytes | None, words: str) -> None:
+    path = tmp_path / "a.yaml"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises(UserError) as caught:
+        load_spec(path)
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_load_spec_takes_yaml_anchors(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("prompts: {inline: [a]}\nbuckets:\n- &b {height: 32, width: 32}\n- {<<: *b, width: 48}\n")
+    assert [(bucket.height, bucket.width) for bucket in load_spec(path).buckets] == [(32, 32), (32, 48)]
+
+
+def test_absolute_paths_touches_paths_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    data = {
+        "prompts": {
+            "path": "many/*.jsonl",
+            "exclude": ["bench.txt", "s3://b/c.txt"],
+            "expand": {"model": "org/llm"},
+        },
+        "generators": [
+            {"model": "checkpoint", "adapters": [{"uri": "./lora"}]},
+            {"model": "org/model"},
+            {"model": "pack://tiny"},
+        ],
+        "judge": {"model": "~/judge", "rubric": "rubric.yaml"},
+        "caption": None,
+        "output": {"uri": "out/../data"},
+    }
+    spec = absolute_paths(parse_spec(data), tmp_path)
+    assert spec.prompts.path == f"{tmp_path}/many/*.jsonl"
+    assert spec.prompts.exclude == (f"{tmp_path}/bench.txt", "s3://b/c.txt")
+    assert [generator.model for generator in spec.generators] == [f"{tmp_path}/checkpoint", "org/model", "pack://tiny"]
+    assert spec.generators[0].adapters[0].uri == f"{tmp_path}/lora"
+    assert spec.judge.model == str(Path("~/judge").expanduser())
+    assert spec.judge.rubric == f"{tmp_path}/rubric.yaml"
+    assert spec.output.uri == f"{tmp_path}/data"
+    assert absolute_paths(spec, "/") == spec
+    assert absolute_paths(parse_spec(PROMPTS)).judge.rubric == "default"
