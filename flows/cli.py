@@ -115,13 +115,14 @@ def run(
     """Plan, run, commit and report. Running it again resumes."""
     from pipelines.spec import load_spec
 
-    _run(load_spec(spec_path, overrides), as_json=as_json, retry_failed=retry_failed, name=str(spec_path))
+    _run(load_spec(spec_path, overrides), as_json=as_json, retry_failed=retry_failed)
 
 
-def _run(spec: Spec, as_json: bool, retry_failed: bool, name: str = "") -> None:
+def _run(spec: Spec, as_json: bool, retry_failed: bool) -> None:
     from flows.session import run_flow
 
-    if code := run_flow(spec, as_json=as_json, retry_failed=retry_failed, name=name):
+    code = run_flow(spec, as_json=as_json, retry_failed=retry_failed)
+    if code:
         raise SystemExit(code)
 
 

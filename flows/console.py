@@ -53,7 +53,7 @@ class Console:
         if time.monotonic() - self._last < every:
             return
         self._last = time.monotonic()
-        rate = _rate(progress)
+        rate = progress.rate
         left = (progress.total - progress.before_done - progress.done) / rate if rate else None
         if self._live:
             if not progress.done:
@@ -101,7 +101,7 @@ class Console:
             "rejected": progress.rejected,
             "failed": progress.failed,
             "seconds": round(seconds, 1),
-            "samples_per_second": round(_rate(progress), 3),
+            "samples_per_second": round(progress.rate, 3),
             "accelerator_seconds": round(outcome.allocated, 1),
             "overhead": {name: round(value, 1) for name, value in outcome.overhead.items()},
             "accelerator_seconds_per_accepted": round(outcome.allocated / progress.accepted, 3)
@@ -137,18 +137,12 @@ def _summary(name: str, result: dict[str, Any]) -> str:
             f"  funnel    {result['report']}#funnel",
             f"  measured  {result['accelerator_seconds']} accelerator-seconds"
             + (f", {per} for each accepted sample" if per is not None else "")
-            + f"; {result['samples_per_second']} samples/s once models were loaded; {result['bytes'] / 1e6:.1f} MB",
+            + (f"; {rate} samples/s once models were loaded" if (rate := result["samples_per_second"]) else "")
+            + f"; {result['bytes'] / 1e6:.1f} MB",
             f"            of these not in any sample: {overhead or 'none'}   (on a CPU an actor counts as one accelerator)",
             f"  {checked}",
         ]
     )
-
-
-def _rate(progress: Progress) -> float:
-    """Samples a second since the first came out."""
-    if not progress.first_result:
-        return 0.0
-    return progress.done / max(1e-3, time.time() - progress.first_result + 1e-3) if progress.done else 0.0
 
 
 def _duration(seconds: float) -> str:

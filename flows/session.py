@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 REAL_CHECKPOINT = "ditmill run pipelines/examples/wan-1.3b.yaml   # a real checkpoint, on one GPU"
 
 
-def run_flow(spec: Spec, as_json: bool, retry_failed: bool, name: str = "") -> int:
+def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
     """Run `spec` to its end; the exit code."""
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     from pipelines.differences import difference

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
 
@@ -33,6 +36,8 @@ def ray_session(
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
     import ray
 
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     runtime_env: dict[str, Any] = {"env_vars": env}
     if address is not None:
         # Other machines have no checkout: send the five rooms, without the packs' weights.
@@ -41,17 +46,33 @@ def ray_session(
         runtime_env["env_vars"] = {name: value for name, value in env.items() if name != "PYTHONPATH"}
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
-            ray.init(
-                address=address,
-                runtime_env=runtime_env,
-                include_dashboard=False if address is None else None,
-                logging_level="ERROR",
-                log_to_driver=os.environ.get("DITMILL_LOG_LEVEL", "").upper() in ("DEBUG", "INFO"),
-                configure_logging=True,
-            )
+            verbose = os.environ.get("DITMILL_LOG_LEVEL", "").upper() in ("DEBUG", "INFO")
+            with contextlib.nullcontext() if verbose else _stderr_away():
+                ray.init(
+                    address=address,
+                    runtime_env=runtime_env,
+                    include_dashboard=False if address is None else None,
+                    logging_level="ERROR",
+                    log_to_driver=verbose,
+                )
             stack.callback(ray.shutdown)
         found = ray.cluster_resources()
         asked = limits or {}
         cpus = min(found.get("CPU", 1.0), asked.get("cpus", float("inf")))
         gpus = min(found.get("GPU", 0.0), asked.get("gpus", float("inf")))
         yield {"cpus": cpus, "gpus": gpus}
+
+
+@contextlib.contextmanager
+def _stderr_away() -> Iterator[None]:
+    """Ray's C++ part greets on file descriptor 2, whatever the log level; what goes wrong is raised all the same."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -66,10 +66,18 @@ class Progress:
     committed: int = 0
     nbytes: int = 0
     first_result: float = 0.0
+    first_done: int = 0
+    last_result: float = 0.0
 
     @property
     def done(self) -> int:
         return self.accepted + self.rejected + self.failed
+
+    @property
+    def rate(self) -> float:
+        """Samples a second since the first batch came out; 0 before there is a second one."""
+        seconds = self.last_result - self.first_result
+        return (self.done - self.first_done) / seconds if seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -327,10 +335,12 @@ class _Run:
         result = json.loads(batch["result"][0])
         if not feeder.done(result["batch_index"]):
             return
-        self.progress.first_result = self.progress.first_result or time.time()
         self.progress.accepted += result["accepted"]
         self.progress.rejected += result["rejected"]
         self.progress.failed += result["failed"]
+        self.progress.last_result = time.time()
+        if not self.progress.first_result:
+            self.progress.first_result, self.progress.first_done = self.progress.last_result, self.progress.done
         self.progress.nbytes += result["media_nbytes"] + sum(part["nbytes"] for part in result["parts"])
         self.ledger.add(result["ledger"])
         self.commits.add(result["parts"])

@@ -93,6 +93,11 @@ def place(
     )
 
 
+def _bounded_retries() -> dict[str, int]:
+    """Ray Data's default restarts a batch that kills its worker for ever."""
+    return {"max_restarts": 20, "max_task_retries": 1}
+
+
 def in_flight(groups: tuple[Group, ...]) -> int:
     """Batches under way at most: each actor has one in hand and one waiting, and lost ones must not block the rest."""
     return 2 * sum(group.actors for group in groups) + 2
@@ -130,9 +135,7 @@ def results(
     # Blocks are of one row, a batch: hand each on at once instead of collecting 128 MiB of them.
     settings.target_max_block_size = 1
     settings.target_min_block_size = 1
-    dataset = ray.data.read_datasource(
-        MailboxSource(mailbox), override_num_blocks=1, ray_remote_args={"num_cpus": 0.01, "max_retries": 3}
-    )
+    dataset = ray.data.read_datasource(MailboxSource(mailbox), override_num_blocks=1, num_cpus=0.01)
     for group in groups:
         dataset = dataset.map_batches(
             StageActor,
@@ -143,8 +146,7 @@ def results(
             num_cpus=group.num_cpus,
             num_gpus=group.num_gpus or None,
             compute=ActorPoolStrategy(size=group.actors, max_tasks_in_flight_per_actor=2),
-            max_restarts=20,
-            max_task_retries=1,
+            ray_remote_args_fn=_bounded_retries,
         )
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for at in range(block.num_rows):
