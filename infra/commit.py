@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +66,8 @@ def write_part(storage: Storage, path: str, rows: pa.Table) -> Part:
 class Committer:
     """Appends to one table for one run.
 
-    Open it before reading what the table holds: rows committed later than its opening are found by it, earlier ones are
-    the reader's to leave out.
+    Open it before reading what the table holds and before writing a part: rows that others commit after its opening are
+    found by it, and so is a fence. Earlier rows are the reader's to leave out.
     """
 
     def __init__(self, table: Table, run_id: str) -> None:
@@ -75,36 +76,44 @@ class Committer:
         self._handle: DeltaTable = table.ensure()
         self._seen: int = self._handle.version()
         self._taken: set[Key] = set()
-        self._ours: set[str] = set()
+        self._ours: dict[str, int | None] = {}  # path of a part as it was given -> its rows, None for all of them
+        self._rewritten: dict[str, tuple[str, int]] = {}  # path of a rewritten part -> the given path, and rows left
 
     def commit(self, parts: list[Part]) -> Committed:
-        """Append `parts` in one transaction. Safe to call again with parts that may have been committed before."""
+        """Append `parts` in one transaction. Safe to call again with parts that may have been committed before.
+
+        Raises FencedError where this run was taken for dead, FileNotFoundError where a part is not there or is not whole
+        (readers would stumble over it ever after), TimeoutError where others are always quicker.
+        """
         from deltalake.exceptions import CommitFailedError, DeltaError
 
         rows = sum(part.rows for part in parts)
-        already: list[Part] = []
         for attempt in range(MAX_ROUNDS):
             self._look()
-            done = [part for part in parts if part.path in self._ours]
-            already += done
-            parts = [kept for part in parts if part not in done and (kept := self._without_taken(part)) is not None]
-            if not parts:
+            new = [part for part in parts if part.path not in self._ours]
+            ready = [kept for part in new if (kept := self._without_taken(part)) is not None]
+            if not ready:
                 break
+            _check_there(self.table.storage, ready)
             try:
-                _append(self._handle, parts, {RUN: self.run_id})
+                _append(self._handle, ready, {RUN: self.run_id})
             except CommitFailedError:
                 time.sleep(min(1.0, 0.01 * 2**attempt))
                 continue
             except (DeltaError, OSError):
                 # The answer may have been lost after the commit was made: look before deciding.
                 self._look()
-                if not all(part.path in self._ours for part in parts):
+                if not all(self._given(part.path) in self._ours for part in ready):
                     raise
+            self._note(part.path for part in ready)
             break
         else:
             raise TimeoutError(f"{self.table.name}: {MAX_ROUNDS} commits in a row were overtaken by other writers")
-        kept = sum(part.rows for part in already + parts)
-        return Committed(self._handle.version(), kept, rows - kept)
+        committed = 0
+        for part in parts:
+            left = self._ours.get(part.path, 0)
+            committed += part.rows if left is None else left
+        return Committed(self._handle.version(), committed, rows - committed)
 
     def _look(self) -> None:
         """Take in the versions since the last look."""
@@ -116,31 +125,52 @@ class Committer:
                     f"run {self.run_id} was taken for dead and its uncommitted files were removed; run the command again"
                 )
             if commit.metadata.get(RUN) == self.run_id:
-                self._ours.update(commit.added)
+                self._note(commit.added)
             elif commit.added:
                 self._taken.update(_keys(self.table, list(commit.added)))
         self._seen = latest
+
+    def _note(self, paths: Iterable[str]) -> None:
+        """These parts are committed."""
+        for path in paths:
+            given, rows = self._rewritten.get(path, (path, None))
+            self._ours[given] = rows
+
+    def _given(self, path: str) -> str:
+        return self._rewritten[path][0] if path in self._rewritten else path
 
     def _without_taken(self, part: Part) -> Part | None:
         """The part without rows whose key is committed: itself where there are none, None where nothing is left."""
         if not self._taken:
             return part
-        rows = pq.read_table(io.BytesIO(self.table.storage.read_bytes(part.path)), schema=self.table.schema)
-        names = KEYS[self.table.name]
-        keep = [key not in self._taken for key in zip(*(rows[name].to_pylist() for name in names), strict=True)]
+        file = io.BytesIO(self.table.storage.read_bytes(part.path))
+        names = list(KEYS[self.table.name])
+        keep = [key not in self._taken for key in _rows(pq.read_table(file, columns=names), names)]
         if all(keep):
             return part
-        left = rows.filter(pa.array(keep))
-        if left.num_rows == 0:
+        if not any(keep):
             return None
+        left = pq.read_table(file, schema=self.table.schema).filter(pa.array(keep))
         stem = part.path.removesuffix(".parquet")
-        return write_part(self.table.storage, f"{stem}-v{self._seen}.parquet", left)
+        written = write_part(self.table.storage, f"{stem}-v{self._seen}.parquet", left)
+        self._rewritten[written.path] = (part.path, written.rows)
+        return written
+
+
+def _rows(table: pa.Table, names: list[str]) -> Iterator[Key]:
+    return zip(*(table[name].to_pylist() for name in names), strict=True)
+
+
+def _check_there(storage: Storage, parts: list[Part]) -> None:
+    """Delta commits the name of a missing file without a word."""
+    for part, nbytes in zip(parts, storage.sizes([part.path for part in parts]), strict=True):
+        if nbytes != part.nbytes:
+            raise FileNotFoundError(f"{part.path}: expected {part.nbytes} bytes, found {nbytes}; it was written over")
 
 
 def _keys(table: Table, files: list[str]) -> set[Key]:
     names = list(KEYS[table.name])
-    rows = table.dataset(files).to_table(columns=names)
-    return set(zip(*(rows[name].to_pylist() for name in names), strict=True))
+    return set(_rows(table.dataset(files).to_table(columns=names), names))
 
 
 def _append(handle: DeltaTable, parts: list[Part], metadata: dict[str, Any]) -> None:

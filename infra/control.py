@@ -1,16 +1,19 @@
 """Live runs: heartbeats, requests to stop, and the sweeping of what a dead run left.
 
-A run renews `control/<run_id>.json` every 15 seconds and is stale after 60, or at once when it ran on this very host and
-its process is gone.
+A run renews `control/<run_id>.json` every 15 seconds and is stale after 60, or at once when it ran on this very machine
+and its process is gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,11 @@ from infra.commit import fence
 from infra.schema import TABLES
 from infra.storage import Storage
 from infra.tables import Table
+from infra.telemetry import log
 
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 60.0
+LOOK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,11 @@ class Heartbeat:
     renewed_at: float
     state: str
     progress: dict[str, Any]
+    machine: str = ""
 
     @property
     def is_stale(self) -> bool:
-        if self.host == _host() and _process_started(self.pid) != self.pid_started:
+        if self.machine and self.machine == _machine() and _process_started(self.pid) != self.pid_started:
             return True
         return time.time() - self.renewed_at > STALE_SECONDS
 
@@ -61,7 +67,17 @@ class Pulse:
             return
         self._last = now
         pid = os.getpid()
-        heartbeat = Heartbeat(self.run_id, _host(), pid, _process_started(pid), self._started, now, state, progress)
+        heartbeat = Heartbeat(
+            run_id=self.run_id,
+            host=socket.gethostname(),
+            pid=pid,
+            pid_started=_process_started(pid),
+            started_at=self._started,
+            renewed_at=now,
+            state=state,
+            progress=progress,
+            machine=_machine(),
+        )
         self._storage.write_bytes(_heartbeat_name(self.run_id), json.dumps(asdict(heartbeat)).encode())
 
     def stop_requested(self) -> bool:
@@ -69,8 +85,35 @@ class Pulse:
 
     def end(self) -> None:
         for name in (_heartbeat_name(self.run_id), _stop_name(self.run_id)):
-            if self._storage.exists(name):
-                self._storage.delete(name)
+            self._storage.delete(name)
+
+
+@contextlib.contextmanager
+def beating(
+    pulse: Pulse, state: str, progress: Callable[[], dict[str, Any]], on_stop: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Renew the heartbeat from a thread, also while models load or a commit takes long; `on_stop` when asked to stop."""
+    ending = threading.Event()
+
+    def beat() -> None:
+        while True:
+            try:
+                pulse.beat(state, progress())
+                if pulse.stop_requested():
+                    on_stop()
+            except OSError as error:
+                log().warning("heartbeat failed", error=str(error))
+            if ending.wait(LOOK_SECONDS):
+                return
+
+    pulse.beat(state, progress(), force=True)  # before anything is written that a sweep could find
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
 
 
 def live_runs(storage: Storage) -> list[Heartbeat]:
@@ -79,9 +122,11 @@ def live_runs(storage: Storage) -> list[Heartbeat]:
     for name in storage.files("control", recursive=False):
         if name.endswith(".json"):
             try:
-                beats.append(Heartbeat(**json.loads(storage.read_bytes(name))))
+                said = json.loads(storage.read_bytes(name))
             except FileNotFoundError:
                 continue  # it ended between the listing and the look
+            known = {field.name for field in fields(Heartbeat)}  # another version may say more
+            beats.append(Heartbeat(**{key: value for key, value in said.items() if key in known}))
     return sorted(beats, key=lambda beat: beat.started_at)
 
 
@@ -110,20 +155,20 @@ def sweep_stale(storage: Storage, but: str) -> dict[str, list[str]]:
 
 
 def uncommitted_files(storage: Storage, run_id: str | None = None) -> list[str]:
-    """Parts and shards (of one run, or of all) that no transaction refers to."""
+    """Parts, shards and half-written files (of one run, or of all) that no transaction refers to."""
+    # Listing first, log second: what is committed in between is then in the log.
+    parts = {table: list(storage.files(table, recursive=False)) for table in TABLES}
+    shards = [
+        name for folder in ("media", "rejected") for name in storage.files(f"{folder}/{run_id}" if run_id else folder)
+    ]
     found: list[str] = []
-    for table in TABLES:
-        live = set(Table(storage, table).files())
-        for name in storage.files(table, recursive=False):
-            base = name.rsplit("/", 1)[-1]
-            ours = run_id is None or base.startswith(f"{run_id}-")
-            if base.endswith(".parquet") and "_delta_log" not in name and ours and name not in live:
-                found.append(name)
-    used = _shards_in_use(storage, run_id)
-    for folder in ("media", "rejected"):
-        base = f"{folder}/{run_id}" if run_id else folder
-        found += [name for name in storage.files(base) if name not in used]
-    return found
+    for table, names in parts.items():
+        if run_id:
+            names = [name for name in names if name.startswith(f"{table}/{run_id}-")]
+        live = set(Table(storage, table).files()) if names else set()
+        found += [name for name in names if name not in live]
+    used = _shards_in_use(storage, run_id) if shards else set()
+    return found + [name for name in shards if name not in used]
 
 
 def _shards_in_use(storage: Storage, run_id: str | None) -> set[str]:
@@ -144,13 +189,18 @@ def _stop_name(run_id: str) -> str:
     return f"control/{run_id}.stop"
 
 
-def _host() -> str:
-    return socket.gethostname()
+def _machine() -> str:
+    """Where process numbers mean the same: this boot of this machine, and its container; empty where that is not known."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
 
 
 def _process_started(pid: int) -> str:
-    """Something that tells this process from a later one with the same number; empty where there is none."""
+    """Something that tells this process from a later one with the same number; empty where there is none (any more)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, ValueError, IndexError):
         return ""
+    return "" if state in ("Z", "X") else rest[18]  # killed, and its parent has not looked yet

@@ -6,6 +6,7 @@ exists is whole; object stores give the same by themselves.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 from collections.abc import Iterator
@@ -98,8 +99,18 @@ class Storage:
     def size(self, name: str) -> int:
         return int(self.fs.size(self.path(name)))
 
+    def sizes(self, names: list[str]) -> list[int]:
+        """Bytes of each file, asked for at once where the filesystem can. FileNotFoundError where one is not there."""
+        return [int(size) for size in self.fs.sizes([self.path(name) for name in names])] if names else []
+
+    def modified(self, name: str) -> float:
+        """When a file was written, Unix seconds by the storage's own clock."""
+        return float(self.fs.modified(self.path(name)).timestamp())
+
     def delete(self, name: str) -> None:
-        self.fs.rm_file(self.path(name))
+        """Remove a file; one that is gone already is no error, because two runs may sweep the same dead one."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(name))
 
     def files(self, folder: str = "", recursive: bool = True) -> Iterator[str]:
         """Names of the files below `folder`, relative to the root; none where there is no such folder."""

@@ -104,8 +104,8 @@ class Table:
             text = self.storage.read_bytes(f"{self.name}/_delta_log/{number:020d}.json").decode()
             actions = [json.loads(line) for line in text.splitlines() if line]
             added = tuple(f"{self.name}/{action['add']['path']}" for action in actions if "add" in action)
-            info = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
-            yield Commit(number, added, info)
+            metadata: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
+            yield Commit(number, added, metadata)
 
 
 def dataset_exists(storage: Storage) -> bool:
