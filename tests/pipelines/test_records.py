@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from infra.errors import UserError
 from infra.schema import PROMPTS
 from pipelines.identity import Shape
-from pipelines.record_files import read_rows
+from pipelines.record_files import FIELDS, read_rows
 from pipelines.records import (
     PromptRecord,
     RecordReport,
@@ -411,3 +412,10 @@ def test_example_prompts_are_twenty_good_ones(name: str) -> None:
     prompts = [record.prompt for record in unique_records(spec, report)]
     assert (report.kept, report.bad, report.near_duplicates, report.blank) == (20, 0, 0, 0)
     assert prompts[0] == "a red circle moving right on a white background"
+
+
+def test_docs_name_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "prompts.md").read_text(encoding="utf-8")
+    rows = page.split("## Fields")[1].split("\n## ")[0].splitlines()
+    named = {name for row in rows if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == FIELDS
