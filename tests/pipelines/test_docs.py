@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from infra.schema import FAILURES, SAMPLES
+from infra.storage import Storage
 from pipelines.spec_docs import FILE, render
 
 REPO = Path(__file__).parents[2]
@@ -77,3 +80,26 @@ def test_columns_of_failures_are_the_documented_ones() -> None:
 def test_architecture_names_files_that_exist() -> None:
     named = re.findall(r"`((?:flows|pipelines|stages|models|infra)/[\w./]+)`", _page("ARCHITECTURE.md"))
     assert named and [path for path in named if not (REPO / path).exists()] == []
+
+
+def test_snippets_that_read_a_dataset_run(
+    dataset: Callable[..., Storage],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    storage = dataset(accepted=3, rejected=1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "quickstart").symlink_to(storage.root)
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", _page("docs/dataset.md"), re.DOTALL)
+    ran: list[dict[str, Any]] = []
+    for snippet in snippets:
+        ran.append({})
+        exec(snippet, ran[-1])
+    by_pyarrow, by_datasets, by_webdataset = ran
+    assert len(by_pyarrow["accepted"]) == 3
+    assert by_datasets["rows"].num_rows == 4
+    assert "mp4" in by_datasets["media"].features
+    assert by_webdataset["sample"]["__key__"] in {row["sample_id"] for row in by_pyarrow["accepted"]}
+    assert len(capsys.readouterr().out.splitlines()) == 6
