@@ -22,7 +22,8 @@ def scaling_of(vae: Any) -> dict[str, Any]:
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
-        mean, std = getattr(vae, "latents_mean", None), getattr(vae, "latents_std", None)
+        buffers = dict(vae.named_buffers())
+        mean, std = buffers.get("latents_mean"), buffers.get("latents_std")
     return {
         "mean": [0.0] if mean is None else [float(value) for value in mean],
         "std": [1.0] if std is None else [float(value) for value in std],

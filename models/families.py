@@ -47,6 +47,8 @@ class Family:
     """False: its pipeline takes one set of inputs a call, so samples are denoised one by one."""
     inputs: tuple[str, ...] = ()
     """Roles of the media a sample must bring."""
+    sets_sigmas: bool = False
+    """Its pipeline brings the sigmas; a scheduler must take them."""
     float32_vae: bool = False
     float32_latents: bool = True
     """False: its pipeline keeps latents in the denoiser's precision while it steps."""
@@ -166,7 +168,17 @@ FAMILIES: tuple[Family, ...] = (
         batches=False,
         inputs=("first_frame",),
     ),
-    Family("LTX-Video", "LTXPipeline", "video", _MASKED, 128, "tokenizer", patch=1, packing="video_tokens"),
+    Family(
+        "LTX-Video",
+        "LTXPipeline",
+        "video",
+        _MASKED,
+        128,
+        "tokenizer",
+        patch=1,
+        packing="video_tokens",
+        sets_sigmas=True,
+    ),
     Family(
         "HunyuanVideo",
         "HunyuanVideoPipeline",
@@ -175,6 +187,7 @@ FAMILIES: tuple[Family, ...] = (
         256,
         None,
         patch=2,
+        sets_sigmas=True,
         guidance="embedded",
     ),
     Family(
@@ -197,6 +210,7 @@ FAMILIES: tuple[Family, ...] = (
         512,
         "tokenizer_2",
         patch=2,
+        sets_sigmas=True,
         guidance="embedded",
         packing="image_tokens",
         float32_latents=False,
@@ -240,6 +254,7 @@ FAMILIES: tuple[Family, ...] = (
         512,
         None,
         patch=2,
+        sets_sigmas=True,
         guidance="rescaled_cfg",
         packing="image_tokens",
         pads_text=False,

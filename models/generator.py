@@ -55,10 +55,14 @@ class Generator:
         """Load what `part` computes with; calling it again costs nothing."""
         self._pipe(part)
 
-    def check(self, plan: SamplerPlan, height: int, width: int, num_frames: int) -> None:
-        """Raise a UserError that names the key where this generator cannot follow the plan or make the shape."""
-        pipe = self._pipe("sample")
+    def check_plan(self, plan: SamplerPlan) -> None:
+        """Raise a UserError that names the key where this checkpoint cannot follow the plan."""
         self._scheduler(plan)
+
+    def check(self, plan: SamplerPlan, height: int, width: int, num_frames: int) -> None:
+        """`check_plan`, and the same for a media shape."""
+        self.check_plan(plan)
+        pipe = self._pipe("sample")
         wrong = self.family.shape_error(pipe, height, width, num_frames) if self.family else None
         if wrong:
             raise UserError(f"buckets: {wrong}")
@@ -190,7 +194,7 @@ class Generator:
         base = self._schedulers["sample"]
         if base is None:
             raise UserError(f"generators.model: {self.pipeline} has no scheduler; such pipelines cannot be run")
-        return build_scheduler(base, plan)
+        return build_scheduler(base, plan, sets_sigmas=self.family is not None and self.family.sets_sigmas)
 
     def _sample(
         self, conditions: dict[str, np.ndarray], noise: np.ndarray, plan: SamplerPlan, shape: Shape, fps: float

@@ -51,8 +51,8 @@ def read_index(path: str) -> dict[str, Any]:
 
 def load_pipeline(ref: GeneratorRef, family: Family | None, part: Part) -> Any:
     """A diffusers pipeline on its device. A family's holds what `part` needs; any other is loaded whole."""
+    import diffusers
     import torch
-    from diffusers import DiffusionPipeline
 
     be_quiet()
     device = device_of(ref.device)
@@ -66,7 +66,9 @@ def load_pipeline(ref: GeneratorRef, family: Family | None, part: Part) -> Any:
     if ref.remote_code:
         arguments |= {"custom_pipeline": ref.remote_code, "custom_revision": ref.revision, "trust_remote_code": True}
     try:
-        pipe = DiffusionPipeline.from_pretrained(ref.path, **arguments)
+        # By its own class: diffusers' generic one does not let go of components that a pipeline calls optional.
+        pipeline = getattr(diffusers, family.pipeline) if family is not None else diffusers.DiffusionPipeline
+        pipe = pipeline.from_pretrained(ref.path, **arguments)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from infra.errors import UserError
@@ -22,10 +23,11 @@ _DIFFUSION = {
 _COGVIDEOX = {"ddim": "CogVideoXDDIMScheduler", "dpmpp": "CogVideoXDPMScheduler"}
 
 
-def build_scheduler(base: Any, plan: SamplerPlan) -> Any:
+def build_scheduler(base: Any, plan: SamplerPlan, sets_sigmas: bool = False) -> Any:
     """A fresh scheduler for `plan`, from `base`, the checkpoint's own: its kind of noise schedule is kept.
 
-    A plan that the checkpoint cannot follow is a UserError that names the key.
+    `sets_sigmas` says that the pipeline brings its own sigmas. A plan that the checkpoint cannot follow is a UserError
+    that names the key.
     """
     import diffusers
 
@@ -42,8 +44,16 @@ def build_scheduler(base: Any, plan: SamplerPlan) -> Any:
         kind = getattr(diffusers, table[plan.scheduler])
         if is_flow(base) and kind is not type(base):
             config |= _flow_config(config)
+    if sets_sigmas and "sigmas" not in inspect.signature(kind.set_timesteps).parameters:
+        raise UserError(
+            f"sampler.scheduler: {kind.__name__} cannot follow the sigmas that this pipeline sets; choose default"
+        )
     if plan.shift is not None:
-        config |= _shifted(kind, plan)
+        if not is_flow(base):
+            raise UserError(
+                f"sampler.shift: {type(base).__name__} is not a flow's scheduler and has no shift; remove it"
+            )
+        config |= {"flow_shift": plan.shift, "shift": plan.shift, "use_dynamic_shifting": False}
     return kind.from_config(config)
 
 
@@ -56,12 +66,3 @@ def is_flow(scheduler: Any) -> bool:
 def _flow_config(config: dict[str, Any]) -> dict[str, Any]:
     shift = config.get("flow_shift", config.get("shift", 1.0))
     return {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift, "shift": shift}
-
-
-def _shifted(kind: Any, plan: SamplerPlan) -> dict[str, Any]:
-    import inspect
-
-    known = inspect.signature(kind.__init__).parameters
-    if "flow_shift" not in known and "shift" not in known:
-        raise UserError(f"sampler.shift: {kind.__name__} has no shift; remove it or choose another sampler.scheduler")
-    return {"flow_shift": plan.shift, "shift": plan.shift, "use_dynamic_shifting": False}

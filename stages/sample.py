@@ -39,6 +39,7 @@ class SampleLatents:
         torch.set_num_threads(self.threads)
         for ref in self.generators:
             load_generator(ref).load("sample")
+            load_generator(ref).check_plan(self.plan)
 
     def __call__(self, batch: Batch) -> Batch:
         generator = load_generator(self.generators[int(batch["generator"][0])])

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+
+from models.plan import SamplerPlan
+
+
+def test_plan_json_is_canonical() -> None:
+    text = SamplerPlan(guidance_scale=5, shift=3).to_json()
+    assert text == SamplerPlan(guidance_scale=5.0, shift=3.0).to_json()
+    assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scheduler": "euler"},
+        {"num_inference_steps": 21},
+        {"guidance_scale": 5.5},
+        {"shift": 1.0},
+        {"max_sequence_length": 256},
+        {"accelerate": ('{"name":"first_block_cache"}',)},
+    ],
+)
+def test_plan_id_changes_with_each_field(changes: dict[str, object]) -> None:
+    assert SamplerPlan(**changes).plan_id != SamplerPlan().plan_id  # type: ignore[arg-type]
+
+
+def test_plan_id_survives_pickling() -> None:
+    plan = SamplerPlan(num_inference_steps=8)
+    assert pickle.loads(pickle.dumps(plan)).plan_id == plan.plan_id == SamplerPlan(num_inference_steps=8).plan_id

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from infra.errors import UserError
+from models.plan import SamplerPlan
+from models.schedulers import build_scheduler
+
+
+def _flow() -> Any:
+    from diffusers import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+def _flow_euler() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def _noise() -> Any:
+    from diffusers import EulerDiscreteScheduler
+
+    return EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "kind"),
+    [
+        (_flow, "default", "UniPCMultistepScheduler"),
+        (_flow, "euler", "FlowMatchEulerDiscreteScheduler"),
+        (_flow, "dpmpp", "DPMSolverMultistepScheduler"),
+        (_flow_euler, "unipc", "UniPCMultistepScheduler"),
+        (_flow_euler, "flow_match_euler", "FlowMatchEulerDiscreteScheduler"),
+        (_noise, "default", "EulerDiscreteScheduler"),
+        (_noise, "ddim", "DDIMScheduler"),
+        (_noise, "dpmpp", "DPMSolverMultistepScheduler"),
+    ],
+)
+def test_build_scheduler_keeps_the_kind_of_schedule(base: Any, name: str, kind: str) -> None:
+    scheduler = build_scheduler(base(), SamplerPlan(scheduler=name))
+    assert type(scheduler).__name__ == kind
+    if base is not _noise:
+        config = scheduler.config
+        assert config.get("flow_shift", config.get("shift")) == 3.0
+        assert kind.startswith("FlowMatch") or (config["use_flow_sigmas"], config["prediction_type"]) == (
+            True,
+            "flow_prediction",
+        )
+    else:
+        assert scheduler.config["beta_end"] == 0.012
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpmpp"])
+def test_shift_moves_sigmas_as_the_formula_says(name: str) -> None:
+    """sigma' = s sigma / (1 + (s - 1) sigma), of sigmas that are 1 - k/n without a shift."""
+    import torch
+
+    scheduler = build_scheduler(_flow(), SamplerPlan(scheduler=name, shift=5.0))
+    scheduler.set_timesteps(4)
+    plain = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+    torch.testing.assert_close(scheduler.sigmas, 5 * plain / (1 + 4 * plain), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("base", "plan", "key"),
+    [
+        (_flow, SamplerPlan(scheduler="ddim"), "sampler.scheduler: ddim"),
+        (_noise, SamplerPlan(scheduler="flow_match_euler"), "sampler.scheduler: flow_match_euler"),
+        (_noise, SamplerPlan(shift=3.0), "sampler.shift: "),
+    ],
+)
+def test_build_scheduler_refuses_what_cannot_work(base: Any, plan: SamplerPlan, key: str) -> None:
+    with pytest.raises(UserError) as error:
+        build_scheduler(base(), plan)
+    assert str(error.value).startswith(key)
+
+
+def test_build_scheduler_refuses_solvers_without_sigmas() -> None:
+    with pytest.raises(UserError, match=r"^sampler\.scheduler: DPMSolver"):
+        build_scheduler(_flow(), SamplerPlan(scheduler="dpmpp"), sets_sigmas=True)
+
+
+def test_build_scheduler_starts_fresh() -> None:
+    base = _flow()
+    assert build_scheduler(base, SamplerPlan()) is not base
