@@ -83,7 +83,7 @@ class Storage:
             temporary = f"{path}.{uuid4().hex[:8]}.tmp"
             try:
                 Path(temporary).write_bytes(data)
-                os.link(temporary, path)
+                _link(temporary, path)
             finally:
                 Path(temporary).unlink(missing_ok=True)
         except FileExistsError:
@@ -140,3 +140,15 @@ class Storage:
 
     def delta_uri(self, table: str) -> str:
         return f"s3://{self.path(table)}" if self.is_s3 else self.path(table)
+
+
+def _link(source: str, path: str) -> None:
+    """Give the whole file at `source` another name, which must be free. FileExistsError where it is not."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A filesystem without hard links (FAT, some network ones): the name is won first, its content comes right after.
+        with open(path, "xb"):  # noqa: PTH123
+            os.replace(source, path)  # noqa: PTH105

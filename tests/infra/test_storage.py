@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from infra.storage import Storage
+
+
+def test_storage_keeps_names_relative_to_its_root(storage):
+    storage.write_bytes("media/run/a.tar", b"0123456789")
+    storage.write_bytes("dataset.json", b"{}")
+    assert set(storage.files()) == {"media/run/a.tar", "dataset.json"}
+    assert list(storage.files("media")) == ["media/run/a.tar"]
+    assert list(storage.files("media", recursive=False)) == []
+    assert list(storage.files("nowhere")) == []
+    assert storage.read_bytes("media/run/a.tar", 2, 5) == b"234"
+    assert storage.sizes(["media/run/a.tar", "dataset.json"]) == [10, 2]
+    assert abs(storage.modified("dataset.json") - time.time()) < 60
+
+
+def test_storage_says_that_a_file_is_missing(storage):
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("nothing")
+    with pytest.raises(FileNotFoundError):
+        storage.sizes(["nothing"])
+    storage.delete("nothing")
+    assert not storage.exists("nothing")
+
+
+def test_storage_travels_to_another_process(storage):
+    storage.write_bytes("a", b"1")
+    assert pickle.loads(pickle.dumps(storage)).read_bytes("a") == b"1"
+
+
+def test_create_bytes_is_won_by_one_of_many(storage):
+    start = threading.Barrier(8)
+
+    def create(at: int) -> bool:
+        start.wait()
+        return storage.create_bytes("dataset.json", b"%d" % at)
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(create, range(8)))
+    assert won.count(True) == 1
+    assert storage.read_bytes("dataset.json") == b"%d" % won.index(True)
+    assert list(storage.files()) == ["dataset.json"]
+
+
+def test_create_bytes_works_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage = Storage(str(tmp_path))
+    assert storage.create_bytes("dataset.json", b"1")
+    assert not storage.create_bytes("dataset.json", b"2")
+    assert storage.read_bytes("dataset.json") == b"1"
+    assert list(storage.files()) == ["dataset.json"]
+
+
+def test_write_bytes_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    storage = Storage(str(tmp_path))
+    with pytest.raises(OSError, match="No space"):
+        storage.write_bytes("samples/a.parquet", b"PAR1")
+    assert list(storage.files()) == []
