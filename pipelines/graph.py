@@ -9,6 +9,7 @@ never all start on two cores. With `compute.split: stages` encoding and decoding
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,8 @@ def results(
     settings.target_max_block_size = 1
     settings.target_min_block_size = 1
     dataset = ray.data.read_datasource(MailboxSource(mailbox), override_num_blocks=1, num_cpus=0.01)
+    # Ray Data has no other way yet to bound restarts.
+    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
     for group in groups:
         dataset = dataset.map_batches(
             StageActor,
