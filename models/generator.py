@@ -45,6 +45,7 @@ class Generator:
         self._pipes: dict[str, Any] = {}
         self._schedulers: dict[str, Any] = {}
         self._schedules: dict[tuple[str, Shape], dict[str, Any]] = {}
+        self._whole_shapes: dict[Shape, tuple[int, ...] | None] = {}
 
     @property
     def batches(self) -> bool:
@@ -133,7 +134,7 @@ class Generator:
         with _Evaluations(pipe) as evaluations:
             for sample in zip(prompts, negative_prompts, noise_keys, strict=True):
                 pipe.scheduler = self._scheduler(plan)
-                frames.append(run_whole(pipe, *sample, plan, height, width, num_frames, fps))
+                frames.append(run_whole(pipe, *sample, plan, height, width, num_frames, fps, self._whole_shapes))
         self._remember(plan, (height, width, num_frames))
         return np.stack(frames), evaluations.rows // len(frames)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -20,6 +21,9 @@ LOADED = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Suffixes of the files that loaders read: these are hashed, and these are fetched."""
 DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+_VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema|non_ema)[.-]|^consolidated")
+"""Second copies of the same weights, which are never loaded."""
 
 _KEYS = {
     "generator": "generators.model",
@@ -89,10 +93,23 @@ def _looks_local(uri: str) -> bool:
 
 
 def _loaded_files(root: Path) -> Iterable[Path]:
+    """Files that loaders read. A pipeline's are those of its components: a hub cache may hold others beside them."""
+    components = _components(root)
     for file in root.rglob("*"):
-        hidden = any(name.startswith(".") for name in file.relative_to(root).parts)
-        if file.suffix in LOADED and file.is_file() and not hidden:
+        parts = file.relative_to(root).parts
+        known = components is None or parts[0] in components or parts == ("model_index.json",)
+        hidden = any(name.startswith(".") for name in parts)
+        if known and not hidden and file.suffix in LOADED and not _VARIANT.search(file.name) and file.is_file():
             yield file
+
+
+def _components(root: Path) -> set[str] | None:
+    """Folders of a pipeline's components, or None where `root` is no pipeline."""
+    try:
+        index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return {name for name, value in index.items() if isinstance(value, list)} if isinstance(index, dict) else None
 
 
 def _check(path: Path, part: str, uri: str, key: str) -> None:
@@ -119,9 +136,14 @@ def _check(path: Path, part: str, uri: str, key: str) -> None:
 def _from_hub(uri: str, key: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [f"*{suffix}" for suffix in LOADED] + list(DOCUMENTS)
+    def fetch(*patterns: str) -> Path:
+        skipped = ["*.fp16*", "*.bf16*", "*.non_ema*", "*.ema*", "consolidated*", "original/*"]
+        return Path(snapshot_download(uri, revision=revision, allow_patterns=list(patterns), ignore_patterns=skipped))
+
     try:
-        return Path(snapshot_download(uri, revision=revision, allow_patterns=patterns))
+        components = _components(fetch("model_index.json", *DOCUMENTS))
+        places = [""] if components is None else [f"{name}/" for name in sorted(components)]
+        return fetch("model_index.json", *DOCUMENTS, *(f"{place}*{suffix}" for place in places for suffix in LOADED))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

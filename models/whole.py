@@ -25,11 +25,12 @@ def run_whole(
     width: int,
     num_frames: int,
     fps: float,
+    shapes: dict[tuple[int, int, int], tuple[int, ...] | None],
 ) -> np.ndarray:
     """Frames [num_frames, height, width, 3] uint8 of one sample.
 
     The pipeline starts from the sample's own noise where its call takes `latents`; otherwise from a torch generator
-    that the noise key seeds, which is the same on one kind of machine only.
+    that the noise key seeds, which is the same on one kind of machine only. `shapes` remembers latent shapes.
     """
     import torch
 
@@ -51,7 +52,10 @@ def run_whole(
         wanted["negative_prompt"] = negative_prompt
     arguments = {name: value for name, value in wanted.items() if name in known}
     with torch.inference_mode():
-        if "latents" in known and (shape := _latents_shape(pipe, arguments)) is not None:
+        media = (height, width, num_frames)
+        if media not in shapes:
+            shapes[media] = _latents_shape(pipe, arguments) if "latents" in known else None
+        if (shape := shapes[media]) is not None:
             noise = torch.from_numpy(standard_normal(noise_key, shape))[None]
             arguments["latents"] = noise.to(pipe._execution_device, pipe.dtype)
         output = pipe(**arguments)

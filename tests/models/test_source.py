@@ -77,6 +77,27 @@ def test_resolve_fetches_a_url_once(checkpoint: Path, monkeypatch: pytest.Monkey
     assert resolve("memory://bucket/wan", "generator") == folder
 
 
+def test_resolve_takes_a_hub_id(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Offline, from a hub cache laid out as the hub's own client does."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    before = content_sha256(str(checkpoint))
+    revision = "0" * 40
+    repository = tmp_path / "hub" / "models--nobody--wan"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    (repository / "snapshots").mkdir()
+    snapshot = repository / "snapshots" / revision
+    checkpoint.rename(snapshot)
+    # What somebody else left in the cache is no part of the model.
+    (snapshot / "wan-all-in-one.safetensors").write_bytes(b"other")
+    (snapshot / "transformer" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"variant")
+    folder = resolve("nobody/wan", "generator")
+    assert Path(folder) == snapshot
+    assert content_sha256(folder) == before
+
+
 def test_content_sha256_follows_weights_and_not_documents(checkpoint: Path) -> None:
     before = content_sha256(str(checkpoint))
     (checkpoint / "README.md").write_text("another text")

@@ -138,6 +138,23 @@ def test_sample_depends_on_prompt_noise_and_guidance(folder: str, planned: Plann
     assert np.abs(base - other_guidance).max() > 0.1
 
 
+def test_sample_follows_each_samples_own_first_frame(
+    tiny_image_to_video: str, planned: Planned, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    inputs = []
+    for at, colour in enumerate(((200, 30, 30), (30, 30, 200))):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{at}.png")
+        inputs.append(json.dumps([{"role": "first_frame", "uri": str(tmp_path / f"{at}.png")}]))
+    batch = planned(2, inputs=inputs)
+    both = latents_of(tiny_image_to_video, batch)["latents"]
+    swapped = latents_of(tiny_image_to_video, {**batch, "inputs": batch["inputs"][::-1]})["latents"]
+    alone = latents_of(tiny_image_to_video, take(batch, np.array([1])))["latents"]
+    np.testing.assert_array_equal(alone[0], both[1])
+    assert np.abs(both - swapped).max() > 0.01
+
+
 def test_sample_refuses_a_plan_when_it_loads(folder: str) -> None:
     with pytest.raises(UserError, match=r"^sampler\.scheduler: ddim"):
         SampleLatents((GeneratorRef(folder),), SamplerPlan(scheduler="ddim"), 8).load()
