@@ -22,12 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.commit import Committer, Part, write_part
-from infra.control import Pulse
+from infra.control import Pulse, beating
 from infra.errors import UserError
 from infra.schema import FAILURES
 from infra.storage import Storage
 from infra.tables import Table
-from infra.telemetry import log
 from pipelines.enumeration import Batches, Enumeration
 from pipelines.feed import Feeder
 from pipelines.graph import Group, in_flight, results
@@ -200,7 +199,7 @@ def generate(
     if ready is None:
         return Outcome("exhausted", batches.planned_through, progress, 0.0, {}, "")
     started = time.time()
-    with run.pulse_beating():
+    with beating(Pulse(job.storage, job.run_id), "running", run.counts, lambda: stop.set("stopped")):
         made = groups()
         lost = run.drive(_chain(ready, first), made, started, max_errored=4)
         singles = (take(batch, np.array([at])) for batch in lost for at in range(size(batch)))
@@ -230,32 +229,7 @@ class _Run:
     ) -> None:
         self.job, self.commits, self.progress, self.ledger = job, commits, progress, ledger
         self.stop, self.report = stop, report
-        self.pulse = Pulse(job.storage, job.run_id)
         self._deadline = parse_deadline(job.budget.deadline)
-
-    @contextlib.contextmanager
-    def pulse_beating(self) -> Iterator[None]:
-        """Renew the heartbeat from a thread, also while models load or a commit takes long."""
-        ending = threading.Event()
-
-        def beat() -> None:
-            while True:
-                try:
-                    self.pulse.beat("running", self._counts())
-                    if self.pulse.stop_requested():
-                        self.stop.set("stopped")
-                except OSError as error:
-                    log().warning("heartbeat failed", error=str(error))
-                if ending.wait(2.0):
-                    return
-
-        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ending.set()
-            thread.join()
 
     def target_reached(self) -> bool:
         wanted = self.job.target.accepted
@@ -357,7 +331,7 @@ class _Run:
         if budget.accelerator_seconds is not None and self.ledger.allocated(now) >= budget.accelerator_seconds:
             self.stop.set("budget")
 
-    def _counts(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         progress = self.progress
         return {
             "accepted": progress.accepted,

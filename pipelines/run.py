@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra.commit import Committer, write_part
-from infra.control import Pulse, sweep, sweep_stale
+from infra.control import Pulse, beating, sweep, sweep_stale
 from infra.errors import UserError
 from infra.schema import RUNS, SCHEMA_VERSION
 from infra.tables import Table, dataset_exists, read_dataset_json
@@ -93,15 +93,16 @@ def commit_run_row(run: Resolved, event: str, **values: Any) -> None:
         "created_at": datetime.now(UTC),
         **values,
     }
-    table = Table(run.storage, "runs")
+    committer = Committer(Table(run.storage, "runs"), run.run_id)
     part = write_part(run.storage, f"runs/{run.run_id}-{event}.parquet", pa.Table.from_pylist([row], RUNS))
-    Committer(table, run.run_id).commit([part])
+    committer.commit([part])
 
 
 def expand(run: Resolved, groups: Callable[[], tuple[Group, ...]]) -> tuple[Enumeration, RecordReport]:
     """Commit the run's prompts; the enumeration of its samples."""
     report = RecordReport()
-    plan_file = commit_prompts(run, groups, report)
+    with beating(Pulse(run.storage, run.run_id), "prompts", dict):
+        plan_file = commit_prompts(run, groups, report)
     log().info("prompts", **{key: value for key, value in report.as_dict().items() if key != "examples"})
     return (
         Enumeration(
