@@ -41,7 +41,7 @@ def sheet_of(storage: Storage, snapshot: Snapshot, facts: Facts, n: int = 64, si
     down = max(1, math.ceil(len(order) / across))
     sheet = Image.new("RGB", (across * (side + GAP) + GAP, down * (side + GAP) + GAP), BACKGROUND)
     with ThreadPoolExecutor(READERS) as pool:
-        stills = list(pool.map(lambda position: still(storage, rows[position]), order))
+        stills = list(pool.map(lambda position: still(storage, rows[position], side), order))
     for at, (position, frame) in enumerate(zip(order, stills, strict=True)):
         if frame is None:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ MAX_TEXT = 1000
 """Characters of a prompt or caption that a report shows."""
 
 READERS = 8
+MAX_SECONDS = 60.0
+"""A page of large videos, whose copies take long to make, ends here: any beginning of the choice is spread evenly."""
+
 CARD_BYTES = 6_000
 """What a card weighs in the page besides its media and its texts."""
 
@@ -94,7 +98,10 @@ def gallery(
             row = rows[position]
             return _tile(row, decisions.get(row["sample_id"], Decision()), show(storage, row, share))
 
+        until = time.monotonic() + MAX_SECONDS
         for chunk in _chunks(order, 2 * READERS):  # so that little is read in vain when the page is full
+            if time.monotonic() > until:
+                break
             for tile in pool.map(make, chunk):
                 weight += CARD_BYTES + len(tile.media.uri) + _text_bytes(tile)
                 if weight > max_bytes:

@@ -154,8 +154,12 @@ def funnel_steps(facts: Facts) -> tuple[charts.Step, ...]:
     kinds: dict[str, int] = {}
     for failure in facts.failures:
         kinds[failure.error_type] = kinds.get(failure.error_type, 0) + failure.count
-    steps += [charts.Step(f"failed: {clamp(kind, 14)}", count, "failed") for kind, count in list(kinds.items())[:6]]
+    steps += [charts.Step(_short(kind), count, "failed", "failed") for kind, count in list(kinds.items())[:6]]
     return tuple(steps)
+
+
+def _short(text: str, limit: int = 19) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def _share(part: int, whole: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +14,12 @@ import numpy as np
 from infra.media import decode, encode
 from infra.storage import Storage
 
-SMALL_SIDE = 256
-SMALL_CRF = 30
+SMALL = (256, 30)
+LESS_SMALL = (384, 24)
 """What is too large for a page is shown as a smaller copy: its shorter side in pixels, and x264's quality."""
+
+ROOMY = 250_000
+"""From this share of the page on, a copy is less small."""
 
 SUFFIXES = {"video/mp4": "mp4", "image/png": "png", "image/webp": "webp"}
 """What may be embedded. The media type comes from the dataset: another (HTML, SVG) must not reach the page."""
@@ -41,28 +46,32 @@ def show(storage: Storage, row: dict[str, Any], share: int) -> Media:
         if _is_strip(item, row):
             return Media("strip", _uri(item["mime"], data), frames=_strip_frames(data, row))
         if item["mime"] == "video/mp4":
-            shown = _smaller_video(data, row["fps"]) if too_large else data
+            shown = _smaller_video(data, row["fps"], *(LESS_SMALL if share >= ROOMY else SMALL)) if too_large else data
             return Media("video", _uri("video/mp4", shown), note="smaller copy" if too_large else "")
         if too_large:
-            return Media("image", _uri("image/webp", _smaller_image(data)), note="smaller copy")
+            return Media("image", _uri("image/webp", _smaller_image(data, 3 * SMALL[0])), note="smaller copy")
         return Media("image", _uri(item["mime"], data))
     except Exception as error:  # a report comes out of a damaged dataset too; `ditmill verify` says what is wrong
         return Media("none", note=f"cannot be shown: {error or type(error).__name__}"[:200])
 
 
-def still(storage: Storage, row: dict[str, Any]) -> np.ndarray | None:
-    """The middle frame of what is kept of the sample, [h, w, 3] uint8; None where nothing is, or cannot be read."""
+def still(storage: Storage, row: dict[str, Any], side: int) -> np.ndarray | None:
+    """The middle frame of what is kept of the sample, [h, w, 3] uint8; None where nothing is, or cannot be read.
+
+    A video's frame comes with a shorter side of at most `side` pixels.
+    """
     item = _best(row)
     if item is None:
         return None
     try:
         data = _read(storage, item)
-        frames = decode(data, SUFFIXES[item["mime"]])
-        if _is_strip(item, row):
-            frames = np.stack(np.array_split(frames[0], _strip_frames(data, row), axis=1))
+        if item["mime"] == "video/mp4":
+            return next(itertools.islice(_frames(data, side), row["num_frames"] // 2, None), None)
+        picture = decode(data, SUFFIXES[item["mime"]])[0]
+        frames = np.array_split(picture, _strip_frames(data, row) if _is_strip(item, row) else 1, axis=1)
+        return frames[len(frames) // 2]
     except Exception:
         return None
-    return frames[len(frames) // 2]
 
 
 def _best(row: dict[str, Any]) -> dict[str, Any] | None:
@@ -89,23 +98,27 @@ def _uri(mime: str, data: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _smaller_video(data: bytes, fps: float) -> bytes:
-    from PIL import Image
-
-    frames = decode(data, "mp4")
-    _, height, width, _ = frames.shape
-    scale = min(1.0, SMALL_SIDE / min(height, width))
-    size = (round(width * scale / 2) * 2, round(height * scale / 2) * 2)
-    small = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames]
-    return encode(np.stack(small), fps or 8.0, crf=SMALL_CRF).data
+def _smaller_video(data: bytes, fps: float, side: int, crf: int) -> bytes:
+    return encode(np.stack(list(_frames(data, side))), fps or 8.0, crf=crf).data
 
 
-def _smaller_image(data: bytes) -> bytes:
+def _frames(data: bytes, side: int) -> Iterator[np.ndarray]:
+    """The frames of a video, [h, w, 3] uint8 of even size, made smaller one by one so that few are in memory."""
+    import av
+
+    with av.open(io.BytesIO(data)) as container:
+        for frame in container.decode(video=0):
+            scale = min(1.0, side / min(frame.height, frame.width))
+            width, height = (max(2, round(length * scale / 2) * 2) for length in (frame.width, frame.height))
+            yield frame.to_ndarray(format="rgb24", width=width, height=height)
+
+
+def _smaller_image(data: bytes, side: int) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
     with Image.open(io.BytesIO(data)) as image:
-        image.thumbnail((2 * SMALL_SIDE, 2 * SMALL_SIDE), Image.Resampling.BICUBIC)
+        image.thumbnail((side, side), Image.Resampling.BICUBIC)
         image.convert("RGB").save(buffer, "webp", quality=80)
     return buffer.getvalue()
 
