@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipelines.spec import Prompts, Storage
 
 WINDOW = 50_000
-"""Prompts in one generation of the near index; each takes about 3.5 kB, so 350 MB are the most."""
+"""Prompts in one generation of the near index; each takes about 4 kB, so 400 MB are the most."""
 
 EXAMPLES = 5
 SHINGLED_CHARACTERS = 20_000

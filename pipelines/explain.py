@@ -56,7 +56,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
             expected = _expected(item["type"], item["msg"], item.get("ctx", {}))
             lines.setdefault(key, []).append(expected if lines.get(key) else f"expected {expected}")
             tails[key] = f", found {found}{_described(field)}"
-    return [f"{key}: {' or '.join(said)}{tails.get(key, '')}" for key, said in lines.items()]
+    said = [f"{key}: {' or '.join(words)}{tails.get(key, '')}" for key, words in lines.items()]
+    return [" ".join(line.split()) for line in said]
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

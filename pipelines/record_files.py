@@ -151,14 +151,15 @@ def _translated(file: File, key: str, rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _open(file: File) -> IO[bytes]:
-    opened = file.fs.open(file.path, "rb")
+    # fsspec's own files differ in what they offer; a buffered reader is the same on all of them
+    opened = io.BufferedReader(file.fs.open(file.path, "rb"))
     if file.path.lower().endswith(".gz"):
         return gzip.GzipFile(fileobj=opened)  # type: ignore[return-value]
     if file.path.lower().endswith(".zst"):
         import pyarrow as pa
 
         return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(opened, "r"), "zstd"))
-    return opened  # type: ignore[no-any-return]
+    return opened
 
 
 def _lines(file: File, key: str) -> Iterator[tuple[int, str]]:
@@ -280,7 +281,7 @@ def _decoded(value: Any) -> Any:
 
 
 def no_prompt(place: str, column: str, found: list[str] | Mapping[str, Any]) -> str:
-    names = ", ".join(str(name) for name in list(found)[:20]) or "none"
+    names = ", ".join(" ".join(str(name)[:40].split()) for name in list(found)[:20]) or "none"
     return f"{place}: has no column {column!r}, found {names}; name the prompt's column in prompts.column"
 
 
