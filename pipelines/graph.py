@@ -76,11 +76,11 @@ def place(
             Group("sample", generating, samplers, 1, sample_gpu, ("cond.",), on_gpu_cluster=True),
             Group("judge", judging, judges, 1, judge_gpu, on_gpu_cluster=True),
         )
+    apart = 2 if split else 0  # encode and decode
     judges = fixed.get("judge", max(1, int(cpus) // 8))
-    samplers = fixed.get("sample", max(1, int(cpus) - judges))
-    share = min(1.0, max(0.1, (cpus - 0.1) / (judges + samplers)))
+    samplers = fixed.get("sample", max(1, int(cpus) - judges - apart))
+    share = min(1.0, max(0.1, (cpus - 0.1) / (judges + samplers + apart)))
     if split:
-        share = min(1.0, max(0.1, (cpus - 0.1) / (judges + samplers + 2)))
         encode, sample, decode = generating
         return (
             Group("encode", (encode,), 1, share, 0),
