@@ -89,6 +89,8 @@ class Outcome:
     allocated: float
     overhead: dict[str, float]
     reproducible: str
+    actors: tuple[dict[str, Any], ...] = ()
+    """What each actor says of itself (see stages.actor.LedgerEntry)."""
 
 
 class Ledger:
@@ -118,6 +120,10 @@ class Ledger:
             kinds["unshared"] += (entry["busy_seconds"] - entry["shared_seconds"]) * share
             kinds["tail"] += (until - entry["ended_at"]) * share
         return kinds
+
+    @property
+    def entries(self) -> tuple[dict[str, Any], ...]:
+        return tuple(self._entries.values())
 
     @property
     def reproducible(self) -> str:
@@ -211,7 +217,13 @@ def generate(
     ended = time.time()
     status = stop.reason or ("reached" if run.target_reached() else "exhausted")
     return Outcome(
-        status, batches.planned_through, progress, ledger.allocated(ended), ledger.overhead(ended), ledger.reproducible
+        status,
+        batches.planned_through,
+        progress,
+        ledger.allocated(ended),
+        ledger.overhead(ended),
+        ledger.reproducible,
+        ledger.entries,
     )
 
 

@@ -151,7 +151,7 @@ def make_samples(
         run,
         "ended",
         status=outcome.status,
-        **known,
+        **known | {"extra_json": json.dumps({**ids, "actors": outcome.actors})},
         planned_through=outcome.planned_through,
         accepted=progress.accepted,
         rejected=progress.rejected,
