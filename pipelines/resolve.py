@@ -116,13 +116,30 @@ class Resolved:
             generators=self.facts,
             layout_json=self.spec.layout.model_dump_json(),
             judge=self.judge_name,
-            rubric="" if self.spec.judge.backend == "none" else f"{self.rubric.name}@{self.rubric.sha256[:12]}",
+            rubric=self.rubric_id,
             code_version=code_version(),
             keep_rejected=output.keep_rejected,
             image_format=output.image_format,
             crf=output.crf,
             tensors=dict(output.tensors),
         )
+
+    @property
+    def asked(self) -> str:
+        """What the judge's scores depend on besides the judge: the rubric's questions and the frames it is shown."""
+        if self.spec.judge.backend == "none":
+            return ""
+        shown = f"{self.rubric.questions_sha256}/{self.spec.judge.num_frames}"
+        return f"{self.rubric.name}@{hashlib.sha256(shown.encode()).hexdigest()[:12]}"
+
+    @property
+    def rubric_id(self) -> str:
+        """What a row says of its rubric: `asked`, and after a plus sign a hash of every bound that its verdict depends on."""
+        bounds = {
+            "judge": self.rubric.thresholds(self.spec.judge.thresholds) if self.asked else {},
+            "score": self.spec.score.model_dump(),
+        }
+        return f"{self.asked}+{hashlib.sha256(json.dumps(bounds, sort_keys=True).encode()).hexdigest()[:8]}"
 
     @property
     def judge_name(self) -> str:

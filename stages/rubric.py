@@ -77,6 +77,12 @@ class Rubric(BaseModel):
         """Hash of what is asked and how it is weighed."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
+    @property
+    def questions_sha256(self) -> str:
+        """Hash of what is asked, which is all that scores depend on: another threshold or weight leaves it as it is."""
+        asked = [[question.name, question.text, question.media] for question in self.questions]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
     def thresholds(self, overrides: dict[str, float] | None = None) -> dict[str, float]:
         """Least P(yes) for each question, the spec's `judge.thresholds` replacing the rubric's own."""
         return {question.name: question.threshold for question in self.questions} | (overrides or {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
@@ -85,7 +86,7 @@ class ScoreMedia:
             seen = _Seen(batch["sample_id"][row], perceptual_hash(frames), thumbnails(frames))
             scores[row] = scores[row] + [{"name": name, "value": value} for name, value in measured.items()]
             extra[row]["phash"] = f"{seen.digest:016x}"
-            reasons[row] = self._reasons(measured)
+            reasons[row] = self.reasons(measured)
             if self.reject_duplicates and not reasons[row]:
                 reasons[row] = self._duplicates(seen, kept)
             if not reasons[row]:
@@ -98,7 +99,8 @@ class ScoreMedia:
         )
         return out
 
-    def _reasons(self, measured: dict[str, float]) -> list[str]:
+    def reasons(self, measured: Mapping[str, float]) -> list[str]:
+        """Why a sample with these scores is rejected, duplicates apart; also of scores that were stored."""
         found = []
         for name, low, high in (
             ("sharpness", self.min_sharpness, None),

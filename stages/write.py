@@ -210,7 +210,7 @@ class _Written:
             row["tensors"].append(_tensor(row["sample_id"], data, dtype, latents.shape, layout))
             members.append((row["tensors"][0]["member"], data))
         if accepted:
-            members.append((f"{row['sample_id']}.json", _sidecar(row)))
+            members.append((f"{row['sample_id']}.json", sidecar(row)))
         return row, members
 
     def _encoded(self, frames: np.ndarray, fps: float, preview: bool) -> tuple[str, Encoded]:
@@ -333,7 +333,8 @@ SIDECAR = (
 the first few, and nothing that another run of the same sample would say differently."""
 
 
-def _sidecar(row: Row) -> bytes:
+def sidecar(row: Row) -> bytes:
+    """The .json of a sample in a tar."""
     return json.dumps({key: row[key] for key in SIDECAR}, ensure_ascii=False, sort_keys=True).encode()
 
 

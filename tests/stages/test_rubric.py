@@ -57,6 +57,15 @@ def test_rubric_hash_changes_with_any_question(rubric, tmp_path):
     assert load_rubric(str(tmp_path / "mine.yaml")).sha256 == rubric.sha256
 
 
+def test_hash_of_what_is_asked_leaves_out_how_it_is_weighed(rubric, tmp_path):
+    def asked(old: str, new: str) -> str:
+        (tmp_path / "mine.yaml").write_text(GOOD.replace(old, new))
+        return load_rubric(str(tmp_path / "mine.yaml")).questions_sha256
+
+    assert {asked("0.7", "0.6"), asked("weight: 3", "weight: 2")} == {rubric.questions_sha256}
+    assert len({rubric.questions_sha256, asked("sharp", "blurred"), asked("hands,", "feet,"), asked("image", "video")}) == 4
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
