@@ -17,6 +17,7 @@ class SamplerPlan:
     guidance_scale: float = 5.0
     shift: float | None = None
     max_sequence_length: int = 512
+    dtype: str = "auto"  # the denoiser's; auto follows the device
     accelerate: tuple[str, ...] = ()
 
     def to_json(self) -> str:

@@ -20,7 +20,7 @@ from infra.commit import Committer, write_part
 from infra.errors import UserError
 from infra.schema import PROMPTS
 from infra.tables import Table
-from pipelines.dedup import RecordReport
+from pipelines.dedup import Exclusions, RecordReport
 from pipelines.enumeration import PLANNED
 from pipelines.feed import Feeder
 from pipelines.graph import Group, in_flight, results
@@ -46,7 +46,7 @@ def commit_prompts(run: Resolved, groups: Callable[[], tuple[Group, ...]], repor
     records = list(unique_records(run.spec, report))
     if not records:
         raise _no_prompts(report)
-    _commit_expansions(run, records, groups)
+    _commit_expansions(run, records, groups, report)
     return _plan_file(run, _read_back(run, records))
 
 
@@ -69,7 +69,9 @@ def _commit_plain(run: Resolved, report: RecordReport) -> Iterator[pa.Table]:
         raise _no_prompts(report)
 
 
-def _commit_expansions(run: Resolved, records: list[PromptRecord], groups: Callable[[], tuple[Group, ...]]) -> None:
+def _commit_expansions(
+    run: Resolved, records: list[PromptRecord], groups: Callable[[], tuple[Group, ...]], report: RecordReport
+) -> None:
     expand, expander = run.spec.prompts.expand, run.expander
     assert expand is not None and expander is not None
     table = Table(run.storage, "prompts")
@@ -80,6 +82,7 @@ def _commit_expansions(run: Resolved, records: list[PromptRecord], groups: Calla
     ]
     if not missing:
         return
+    exclusions = Exclusions.read(run.spec.prompts, run.spec.output.storage)
     made = groups()
     feeder = Feeder(in_flight(made))
     batches = (missing[at : at + EXPAND_BATCH] for at in range(0, len(missing), EXPAND_BATCH))
@@ -103,14 +106,27 @@ def _commit_expansions(run: Resolved, records: list[PromptRecord], groups: Calla
         if feeder.done(number):
             rows: list[Row] = []
             for record, answer in zip(waiting.pop(number), load_json(batch["expansions"]), strict=True):
-                # A record that the model could not expand keeps its own text.
-                answers = answer or [record.prompt] * expand.variants
+                answers = _allowed(record, answer, expand.variants, exclusions, report)
                 rows += expand_rows(record, answers, expander.fingerprint, expand.keep_original)
             new = ~known.contains([row["prompt_id"] for row in rows])
             _commit_rows(run, committer, [row for row, is_new in zip(rows, new, strict=True) if is_new], number)
         feed()
     if feeder.unfinished():
         raise WorldFault("prompts.expand: the language model's worker died on the same records each time")
+
+
+def _allowed(
+    record: PromptRecord, answers: list[str], variants: int, exclusions: Exclusions, report: RecordReport
+) -> list[str]:
+    """The expansions; where there is none, or one that `prompts.exclude` keeps out, the record's own prompt stands in."""
+    allowed = []
+    for text in answers or [record.prompt] * variants:
+        excluded = exclusions.match(text)
+        if excluded is not None:
+            report.excluded += 1
+            report.example("excluded", text, excluded)
+        allowed.append(text if excluded is None else record.prompt)
+    return allowed
 
 
 def _record_batch(records: list[PromptRecord]) -> Batch:

@@ -121,7 +121,7 @@ class Resolved:
             keep_rejected=output.keep_rejected,
             image_format=output.image_format,
             crf=output.crf,
-            tensors=dict(output.tensors),
+            tensors={str(role): str(dtype) for role, dtype in output.tensors.items()},
         )
 
     @property
@@ -172,7 +172,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         ref = GeneratorRef(
             path=folder,
             adapters=tuple((path, adapter.weight) for adapter, path in adapters),
-            dtype=generator.dtype,
+            dtype=spec.sampler.dtype,
             offload=spec.layout.offload,
             compile=spec.layout.compile,
             vae_tiling=spec.layout.vae_tiling,
@@ -236,6 +236,7 @@ def sampler_plan(spec: Spec) -> SamplerPlan:
         guidance_scale=sampler.guidance_scale,
         shift=sampler.shift,
         max_sequence_length=sampler.max_sequence_length,
+        dtype=sampler.dtype,
         accelerate=tuple(json.dumps(item, sort_keys=True) for item in sampler.accelerate),
     )
 

@@ -180,7 +180,7 @@ def sample_groups(run: Resolved, cluster: Cluster) -> tuple[Group, ...]:
         run.judging(),
         cluster.cpus,
         cluster.gpus,
-        actors=dict(compute.actors),
+        actors={str(name): count for name, count in compute.actors.items()},
         split=compute.split == "stages" or (compute.split == "auto" and cluster.gpus >= 8),
         needs_model=run.judge is not None or run.captioner is not None,
     )

@@ -48,9 +48,6 @@ class Generator(Section):
     teacher_steps: int = Field(
         0, ge=0, description="First steps taken by the base model before its student takes over."
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of the denoiser; auto is bfloat16 on an accelerator and float32 on a CPU."
-    )
     licence: str | None = Field(None, description="SPDX id or name, where the checkpoint does not say.")
     may_train: Annotated[Literal["yes", "no", "unknown"] | None, BeforeValidator(_yes_no)] = Field(
         None, description="May its outputs train other models? Overrides what the table of licences says."
@@ -149,6 +146,9 @@ class Sampler(Section):
     shift: float | None = Field(None, description="Flow shift; left out, the checkpoint's own.")
     max_sequence_length: int = Field(
         512, ge=1, description="Tokens that a prompt is padded or cut to, where the family does."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of the denoiser; auto is bfloat16 on an accelerator and float32 on a CPU."
     )
     accelerate: tuple[dict[str, Any], ...] = Field(
         (), description="Techniques that skip work, in order. None is built in yet."
