@@ -39,7 +39,7 @@ def funnel(steps: Sequence[Step], width: int = 400) -> Markup:
             + _text(left + long + 6, top + 15, f"{step.count:,}", "start", "value")
         )
         if step.note:
-            shift = 7.2 * len(f"{step.count:,}") + 12
+            shift = 8 * len(f"{step.count:,}") + 12
             parts.append(_text(left + long + shift, top + 15, step.note, "start", "faint"))
     return _svg(width, row * len(steps), "Funnel", parts)
 
@@ -163,6 +163,7 @@ def _range(values: np.ndarray, bounds: Sequence[Threshold]) -> tuple[float, floa
 
 
 def _nice_step(seconds: float) -> float:
+    """The next round number of seconds: of a batch, all samples are made at once, so that less than one says nothing."""
     steps = (
         0.01,
         0.02,

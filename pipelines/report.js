@@ -50,7 +50,7 @@
     const own = (labels.get(card.dataset.id) || {}).label || "";
     const given = card.dataset.given;
     const mark = one(".mark", card);
-    mark.textContent = own || given;
+    mark.textContent = mark.dataset.says = own || given;
     mark.classList.toggle("given", !own && given !== "");
     const shown = closer.open && current === card ? all("button[data-set]", closer) : [];
     for (const button of [...all("button[data-set]", card), ...shown])

@@ -31,6 +31,15 @@ REST_BYTES = 400_000
 
 FAILURES_SHOWN = 50
 RUNS_SHOWN = 20
+OVERHEAD = {
+    "boot": "starting workers",
+    "load": "loading models",
+    "idle": "waiting for work",
+    "unshared": "between stages",
+    "tail": "after the last batch",
+}
+"""What a run's overhead is called in the report."""
+
 SHADES = 8
 """Colours that the style has for stages."""
 
@@ -163,16 +172,16 @@ def _short(text: str, limit: int = 19) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.0%}" if whole and part != whole else ""
+    return f"{part / whole:.0%}" if whole and part / whole < 0.995 else ""
 
 
 def _costs(facts: Facts) -> list[tuple[str, float, float, str]]:
     """(name, accelerator-seconds, CPU-seconds, class), stages in their order, then what went to no sample."""
-    found = [
-        (cost.stage, cost.accelerator_seconds, cost.cpu_seconds, f"shade-{at % SHADES}")
-        for at, cost in enumerate(facts.costs)
-    ]
-    return found + [(name, seconds, 0.0, f"over-{at % 3}") for at, (name, seconds) in enumerate(facts.overhead.items())]
+    found = []
+    for at, cost in enumerate(facts.costs):
+        found.append((cost.stage, cost.accelerator_seconds, cost.cpu_seconds, f"shade-{at % SHADES}"))
+    over = ((OVERHEAD.get(name, name), seconds) for name, seconds in facts.overhead.items())
+    return found + [(name, seconds, 0.0, f"over-{at % 3}") for at, (name, seconds) in enumerate(over)]
 
 
 def _score_order(facts: Facts) -> list[str]:
