@@ -19,6 +19,14 @@ def device_of(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def device_name(device: str = "auto") -> str:
+    """What a row says of where it was made: `cpu`, or the accelerator's name."""
+    import torch
+
+    place = device_of(device)
+    return str(torch.cuda.get_device_name(place)) if place.startswith("cuda") else place
+
+
 def dtype_of(dtype: str, device: str) -> torch.dtype:
     """`auto` is bfloat16 on an accelerator and float32 on a CPU."""
     import torch

@@ -14,9 +14,10 @@ from uuid import uuid4
 
 from infra.errors import UserError
 from infra.storage import Storage
-from models.generator import GeneratorRef
+from models.families import family_of
 from models.language import LanguageRef
 from models.licences import Licence, licence_of
+from models.loading import GeneratorRef, read_index
 from models.multimodal import MultimodalRef
 from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
@@ -166,6 +167,12 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
                 f"generators.{at}.teacher_steps: not available in this version, found {generator.teacher_steps}; remove it"
             )
         folder = resolve(generator.model, "generator", generator.revision)
+        pipeline = read_index(folder)["_class_name"]
+        if family_of(pipeline) is None and (spec.output.tensors or spec.output.keep_rejected == "latents"):
+            key = "output.tensors" if spec.output.tensors else "output.keep_rejected"
+            raise UserError(
+                f"{key}: {generator.model} is a {pipeline}, which runs whole and gives no latents; keep media only"
+            )
         adapters = [(adapter, resolve(adapter.uri, "adapter")) for adapter in generator.adapters]
         hashes = [content_sha256(path) for _, path in adapters]
         sha256 = content_sha256(folder)

@@ -131,6 +131,12 @@ class Bucket(Section):
     fps: float = Field(8.0, gt=0, description="Frames a second of the written video.")
     weight: float = Field(1.0, gt=0, description="Share of prompts drawn into this bucket, by a hash of the prompt.")
 
+    @model_validator(mode="after")
+    def _even_video(self) -> Bucket:
+        if self.num_frames > 1 and (self.height % 2 or self.width % 2):
+            raise ValueError(f"video needs an even height and width (yuv420p), found {self.height}x{self.width}")
+        return self
+
 
 class Sampler(Section):
     """The sampler plan: what is meant to change the result."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from models.generator import Generator, GeneratorRef, load_generator
 from models.noise import standard_normal
+from models.placement import device_name
 from models.plan import SamplerPlan
 from stages.batch import Batch, size, texts
 from stages.encode import PREFIX, padded
@@ -17,7 +19,8 @@ from stages.encode import PREFIX, padded
 
 @dataclass(frozen=True)
 class SampleLatents:
-    """Adds `latents` [n, channels, frames, height, width] float32 (images: no frames), `nfe` int64 and `plan_json`.
+    """Adds `latents` [n, channels, frames, height, width] float32 (images: no frames), `nfe` int64, `plan_json`, and where
+    it was made: `node` and `device`.
 
     Each sample starts from its own noise, and is denoised in a batch of exactly `batch_size`. A pipeline that runs whole
     adds `frames` instead of `latents`. Fails samples as `nan_latents`.
@@ -30,7 +33,7 @@ class SampleLatents:
 
     name: ClassVar[str] = "sample"
     reads: ClassVar[tuple[str, ...]] = ("cond.*", "noise_key", "generator", "height", "width", "num_frames", "fps")
-    adds: ClassVar[tuple[str, ...]] = ("latents", "nfe", "plan_json")
+    adds: ClassVar[tuple[str, ...]] = ("latents", "nfe", "plan_json", "node", "device")
     skips_rejected: ClassVar[bool] = False
 
     def load(self) -> None:
@@ -61,6 +64,8 @@ class SampleLatents:
         described = json.dumps(generator.describe(self.plan, *shape), sort_keys=True)
         result["nfe"] = np.full(size(batch), nfe, dtype=np.int64)
         result["plan_json"] = texts([described] * size(batch))
+        result["node"] = texts([socket.gethostname()] * size(batch))
+        result["device"] = texts([device_name(generator.ref.device)] * size(batch))
         return result
 
     def _sample(
