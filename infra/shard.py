@@ -73,6 +73,24 @@ def safetensors_bytes(name: str, array: np.ndarray, dtype: str, metadata: dict[s
     return len(header).to_bytes(8, "little") + header + data
 
 
+def read_safetensors(data: bytes, name: str) -> np.ndarray:
+    """The array `name` of a safetensors file, as float32. Raises ValueError where `data` is no such file or lacks it."""
+    length = int.from_bytes(data[:8], "little")
+    try:
+        entry = json.loads(data[8 : 8 + length])[name]
+        start, end = entry["data_offsets"]
+        raw, shape, kind = data[8 + length + start : 8 + length + end], entry["shape"], entry["dtype"]
+        if kind == "BF16":
+            values = (np.frombuffer(raw, "<u2").astype("<u4") << np.uint32(16)).view("<f4")
+        else:
+            values = np.frombuffer(raw, {"F32": "<f4", "F16": "<f2"}[kind]).astype(np.float32)
+        return values.reshape(shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected a safetensors file with a float tensor {name}: {type(error).__name__} {error}"
+        ) from error
+
+
 def _cast(values: np.ndarray, dtype: str) -> tuple[bytes, np.ndarray]:
     """The bytes of float32 `values` in `dtype`, and what they read as."""
     if dtype == "float32":

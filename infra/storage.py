@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from uuid import uuid4
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
+
+CREATE_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -73,22 +76,40 @@ class Storage:
             raise
 
     def create_bytes(self, name: str, data: bytes) -> bool:
-        """Write a file unless there is one of that name; whether this call made it. Of two callers at once, one does."""
+        """Write a file unless there is one of that name; whether it is there with this data now.
+
+        Of two callers at once with different data, one does.
+        """
+        if not self.is_local:
+            return self._create_object(name, data)
         path = self.path(name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
+        temporary = f"{path}.{uuid4().hex[:8]}.tmp"
         try:
-            if not self.is_local:
-                self.fs.pipe_file(path, data, mode="create")
-                return True
-            os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
-            temporary = f"{path}.{uuid4().hex[:8]}.tmp"
-            try:
-                Path(temporary).write_bytes(data)
-                _link(temporary, path)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+            Path(temporary).write_bytes(data)
+            _link(temporary, path)
         except FileExistsError:
             return False
+        finally:
+            Path(temporary).unlink(missing_ok=True)
         return True
+
+    def _create_object(self, name: str, data: bytes) -> bool:
+        for attempt in range(CREATE_ATTEMPTS):
+            try:
+                self.fs.pipe_file(self.path(name), data, mode="create")
+                return True
+            except FileExistsError:
+                break
+            except OSError:
+                # Stores that are not AWS say "it exists" in other words, and any may say "somebody else is at it".
+                if self.exists(name):
+                    break
+                if attempt == CREATE_ATTEMPTS - 1:
+                    raise
+                time.sleep(0.1 * 2**attempt)
+        # The answer to our own request may have been lost, and its repetition refused.
+        return self.read_bytes(name) == data
 
     def read_bytes(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         return bytes(self.fs.cat_file(self.path(name), start=start, end=end))

@@ -6,6 +6,7 @@ import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from uuid import uuid4
 
 import pytest
 
@@ -50,6 +51,24 @@ def test_create_bytes_is_won_by_one_of_many(storage):
     assert won.count(True) == 1
     assert storage.read_bytes("dataset.json") == b"%d" % won.index(True)
     assert list(storage.files()) == ["dataset.json"]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_create_bytes_understands_other_stores(s3_endpoint, monkeypatch, lost):
+    """A refusal in other words than AWS's; and one that only repeats a request of this call's own, whose answer was lost."""
+    storage = Storage(f"s3://bucket/{uuid4().hex}", s3_endpoint, allow_http=True)
+    create = storage.fs.pipe_file
+
+    def refuse(path, data, mode):
+        if lost:
+            create(path, data, mode=mode)
+        raise OSError(errno.EINVAL, "At least one of the pre-conditions you specified did not hold")
+
+    if not lost:
+        storage.write_bytes("dataset.json", b"theirs")
+    monkeypatch.setattr(storage.fs, "pipe_file", refuse)
+    assert storage.create_bytes("dataset.json", b"ours") is lost
+    assert storage.read_bytes("dataset.json") == (b"ours" if lost else b"theirs")
 
 
 def test_create_bytes_works_where_there_are_no_hard_links(tmp_path, monkeypatch):
