@@ -32,9 +32,9 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     MKL_CBWR="AUTO,STRICT",
     TOKENIZERS_PARALLELISM="false",
+    HF_HOME=str(REPO / ".pytest_cache" / "huggingface"),  # what the user has fetched must not matter
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
-    HF_DATASETS_CACHE=str(REPO / ".pytest_cache" / "datasets"),
     RAY_USAGE_STATS_ENABLED="0",
     PREFECT_LOGGING_LEVEL="WARNING",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.plan import make_plan
 from pipelines.records import unique_records
 from pipelines.spec import Spec, load_spec
 from stages.rubric import load_rubric
@@ -61,3 +62,24 @@ def test_example_says_how_it_is_run(example: tuple[str, Spec]) -> None:
     name, _ = example
     head = (REPO / "pipelines" / "examples" / f"{name}.yaml").read_text(encoding="utf-8").partition("\nname:")[0]
     assert f"ditmill run pipelines/examples/{name}.yaml" in " ".join(head.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "samples"),
+    [
+        ("quickstart", 40),  # 20 prompts, each as it is and rewritten
+        ("images", 40),  # 20 prompts, twice
+        ("wan-1.3b", 120),  # 20 prompts, each as it is and rewritten twice, twice
+        ("wan-1.3b-cluster", 20),
+        ("wan-i2v", 8),  # 2 frames, four times
+        ("flux", 80),
+    ],
+)
+def test_example_is_planned_without_weights(name: str, samples: int, tmp_path: Path) -> None:
+    here = [f"output.uri={tmp_path}/dataset", "prompts.path=pipelines/examples/prompts.jsonl"]
+    if name == "wan-i2v":
+        here.pop()
+    plan = make_plan(load_spec(REPO / "pipelines" / "examples" / f"{name}.yaml", here), calibrate=False)
+    assert plan.planned == samples
+    assert bool(plan.missing) == (name not in OFFLINE)
+    assert not (tmp_path / "dataset").exists()
