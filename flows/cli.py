@@ -300,7 +300,7 @@ def bench(
 
 def _storage(dataset: str) -> Storage:
     """The dataset that a folder, URL or spec names; it must exist."""
-    from infra.storage import Storage
+    from infra.storage import Storage, reaching
     from infra.tables import dataset_exists
 
     if dataset.endswith((".yaml", ".yml")):
@@ -312,7 +312,9 @@ def _storage(dataset: str) -> Storage:
         root = dataset.rstrip("/") if "://" in dataset else str(Path(dataset).expanduser().resolve())
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         storage = Storage(root, endpoint, allow_http=bool(endpoint and endpoint.startswith("http://")))
-    if not dataset_exists(storage):
+    with reaching(storage.root):
+        exists = dataset_exists(storage)
+    if not exists:
         raise UserError(
             f"{storage.root}: there is no dataset here (no dataset.json); give its folder, URL, or its spec"
         )

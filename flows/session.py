@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flows.console import Console, console
 from infra.prefect_session import prefect_session, wait_until_up
 from infra.ray_session import ray_session
+from infra.storage import reaching
 from infra.telemetry import configure
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
     configure()
     shown = Console(as_json)
     resolved = resolve_spec(spec)
-    check_dataset(resolved)
-    found = difference(resolved)
+    with reaching(resolved.storage.root):
+        check_dataset(resolved)
+        found = difference(resolved)
     for line in found.lines(resolved.storage.root):
         shown.say(line)
     if found.nothing_to_do and not (retry_failed and found.failed):

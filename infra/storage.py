@@ -9,18 +9,37 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from infra.errors import UserError
+
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 CREATE_ATTEMPTS = 5
+
+
+@contextmanager
+def reaching(root: str) -> Iterator[None]:
+    """Tell a user whose storage cannot be reached so in one line; for what is done before a run begins."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(("botocore", "aiobotocore")):
+            raise
+        said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+        raise UserError(
+            f"output.uri: {root} cannot be reached ({type(error).__name__}: {said[:300]}); check the name, the credentials"
+            " in the environment and output.storage"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import pyarrow as pa
 from infra.storage import Storage
 from pipelines.enumeration import PLANNED, Planned, planned_batch
 from pipelines.identity import sample_id
+from pipelines.recipes import RECIPES
 from pipelines.records import PromptRecord, expand_rows, unique_records
 from pipelines.resolve import Resolved
 from stages.actor import run_stage
@@ -50,8 +51,9 @@ def calibrate(run: Resolved) -> Calibration | None:
     load = 0.0
     nfe = 0
     with tempfile.TemporaryDirectory(prefix="ditmill-calibrate-") as folder:
+        recipe = RECIPES[run.spec.recipe]
         trial = replace(run, plan=short, storage=Storage(folder))
-        for stage in (*trial.generating(), *trial.judging()):
+        for stage in (*recipe.generating(trial), *recipe.judging(trial)):
             began = time.perf_counter()
             stage.load()
             load += time.perf_counter() - began

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from infra.storage import reaching
 from models.licences import Licence
 from models.source import is_here
 from pipelines import calibrate as calibration
@@ -88,8 +89,9 @@ def make_plan(spec: Spec, calibrate: bool = True) -> PlanReport:
         sampler_plan(spec)
         return PlanReport(spec, records, planned, None, (), _stated(spec, missing), missing, None)
     run = resolve_spec(spec)
-    check_dataset(run)
-    found = difference(run, records)
+    with reaching(run.storage.root):
+        check_dataset(run)
+        found = difference(run, records)
     groups = sample_groups(run, local_cluster(spec))
     estimate = None
     if calibrate and found.new:

@@ -25,12 +25,9 @@ from pipelines.identity import generator_id
 from pipelines.spec import Spec, absolute_paths
 from stages.batch import Stage
 from stages.caption import CaptionMedia
-from stages.decode import DecodeLatents
-from stages.encode import EncodeText
 from stages.expand import ExpandPrompts
 from stages.judge import JudgeQuality
 from stages.rubric import Rubric, check_thresholds, load_rubric
-from stages.sample import SampleLatents
 from stages.score import ScoreMedia
 from stages.write import GeneratorFacts, WriteShards
 
@@ -63,17 +60,6 @@ class Resolved:
     def again(self) -> Resolved:
         """The same as a run of its own: a run id that was swept cannot commit any more."""
         return replace(self, run_id=new_run_id())
-
-    def generating(self) -> tuple[Stage, ...]:
-        layout = self.spec.layout
-        return (
-            EncodeText(self.generators, self.plan, layout.batch_size, layout.threads),
-            SampleLatents(self.generators, self.plan, layout.batch_size, layout.threads),
-            DecodeLatents(self.generators, self.plan, layout.batch_size, layout.threads),
-        )
-
-    def judging(self) -> tuple[Stage, ...]:
-        return (*self.scoring(), *self.captioning(), self.writing())
 
     def scoring(self) -> tuple[Stage, ...]:
         """ScoreMedia and, unless the spec has none, the judge."""

@@ -25,6 +25,7 @@ from pipelines.enumeration import Enumeration
 from pipelines.generate import Job, Outcome, Progress, StopRequest, generate
 from pipelines.graph import Group, place
 from pipelines.prompts import commit_prompts
+from pipelines.recipes import RECIPES
 from pipelines.resolve import Resolved, code_version
 from pipelines.run_log import redact
 
@@ -175,9 +176,10 @@ def clean_up(run: Resolved) -> list[str]:
 def sample_groups(run: Resolved, cluster: Cluster) -> tuple[Group, ...]:
     """Where the stages of generating run."""
     compute = run.spec.compute
+    recipe = RECIPES[run.spec.recipe]
     return place(
-        run.generating(),
-        run.judging(),
+        recipe.generating(run),
+        recipe.judging(run),
         cluster.cpus,
         cluster.gpus,
         actors={str(name): count for name, count in compute.actors.items()},

@@ -1,0 +1,9 @@
+"""Recipes: the kinds of dataset. Each is one short file that says which stages a sample goes through."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from pipelines.recipes import synthetic
+
+RECIPES: dict[str, ModuleType] = {"synthetic": synthetic}
