@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from infra.guardian import guarded
+
 REPO = Path(__file__).resolve().parent.parent
 ROOMS = ("flows", "pipelines", "stages", "models", "infra")
 
@@ -18,6 +20,8 @@ QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
+    # Seconds until processes that cannot reach the cluster's control store give up (Ray waits for 60).
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
@@ -46,10 +50,13 @@ def ray_session(
         runtime_env["env_vars"] = {name: value for name, value in env.items() if name != "PYTHONPATH"}
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
+            if address is None:
+                stack.enter_context(guarded())
             verbose = os.environ.get("DITMILL_LOG_LEVEL", "").upper() in ("DEBUG", "INFO")
             with contextlib.nullcontext() if verbose else _stderr_away():
                 ray.init(
-                    address=address,
+                    # "local" starts a cluster also where RAY_ADDRESS names one: specs say where they run.
+                    address=address or "local",
                     runtime_env=runtime_env,
                     include_dashboard=False if address is None else None,
                     logging_level="ERROR",

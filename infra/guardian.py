@@ -1,0 +1,79 @@
+"""Ends what a run leaves running, however the run has ended.
+
+Ray's processes mostly end with their driver, but an agent that cannot report the end of its cluster stays for good. So a
+run starts one small process that holds the other end of a pipe. When the pipe closes, it gives what the run started a
+moment to go by itself and then kills it, whoever its parent is by now: each process carries a mark in its environment.
+It also says what a process that is killed cannot say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+MARK = "_DITMILL_SESSION"
+GRACE_SECONDS = 5.0
+GOODBYE = b"goodbye"
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Every process started inside ends soon after this block, or after this process. Where there is no /proc, nothing."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    before = os.environ.get(MARK)
+    mark = os.environ[MARK] = uuid4().hex
+    # By its path and isolated: it imports nothing but the standard library.
+    guardian = subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__, mark],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[MARK]
+        else:
+            os.environ[MARK] = before
+        with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
+            guardian.communicate(GOODBYE, GRACE_SECONDS + 1)
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that were started with the mark, but for this one."""
+    wanted = f"{MARK}={mark}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):  # it ended, or belongs to somebody else
+                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+def end(mark: str, grace: float = GRACE_SECONDS) -> None:
+    """Kill what carries the mark, after a grace."""
+    until = time.monotonic() + grace
+    while (left := marked(mark)) and time.monotonic() < until:
+        time.sleep(0.1)
+    for pid in left:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    if sys.stdin.buffer.read() != GOODBYE:
+        # Ray ends a driver at once, without a word, when its session is gone.
+        line = "ditmill: the run was killed, or its Ray session was; run the same command again to resume"
+        print(line, file=sys.stderr, flush=True)
+    end(sys.argv[1])
