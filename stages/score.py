@@ -13,6 +13,9 @@ import numpy as np
 
 from stages.batch import Batch, SampleError, jsons, load_json, size, texts
 
+MEASURED = ("sharpness", "brightness", "motion", "flicker", "static")
+"""Names of the scores, in the order in which a row has them; a judge's follow."""
+
 FLOW_SIDE = 256
 """Frames are scaled so that the longer side is at most this before optical flow, whose cost goes with the area."""
 
