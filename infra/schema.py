@@ -13,7 +13,13 @@ SCHEMA_VERSION = 1
 UTC = pa.timestamp("us", tz="UTC")
 
 INPUT = pa.struct(
-    [("role", pa.string()), ("uri", pa.string()), ("sha256", pa.string()), ("start", pa.float64()), ("end", pa.float64())]
+    [
+        ("role", pa.string()),
+        ("uri", pa.string()),
+        ("sha256", pa.string()),
+        ("start", pa.float64()),
+        ("end", pa.float64()),
+    ]
 )
 ADAPTER = pa.struct([("uri", pa.string()), ("sha256", pa.string()), ("weight", pa.float64())])
 MEDIA = pa.struct(
@@ -43,7 +49,13 @@ TENSOR = pa.struct(
 )
 SCORE = pa.struct([("name", pa.string()), ("value", pa.float64())])
 CAPTION = pa.struct(
-    [("style", pa.string()), ("language", pa.string()), ("scene", pa.int32()), ("text", pa.string()), ("model", pa.string())]
+    [
+        ("style", pa.string()),
+        ("language", pa.string()),
+        ("scene", pa.int32()),
+        ("text", pa.string()),
+        ("model", pa.string()),
+    ]
 )
 COST = pa.struct([("stage", pa.string()), ("accelerator_seconds", pa.float64()), ("cpu_seconds", pa.float64())])
 

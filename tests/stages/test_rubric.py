@@ -63,7 +63,10 @@ def test_hash_of_what_is_asked_leaves_out_how_it_is_weighed(rubric, tmp_path):
         return load_rubric(str(tmp_path / "mine.yaml")).questions_sha256
 
     assert {asked("0.7", "0.6"), asked("weight: 3", "weight: 2")} == {rubric.questions_sha256}
-    assert len({rubric.questions_sha256, asked("sharp", "blurred"), asked("hands,", "feet,"), asked("image", "video")}) == 4
+    assert (
+        len({rubric.questions_sha256, asked("sharp", "blurred"), asked("hands,", "feet,"), asked("image", "video")})
+        == 4
+    )
 
 
 @pytest.mark.parametrize(
