@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,23 +47,6 @@ def planned() -> Callable[..., dict[str, np.ndarray]]:
         return batch
 
     return make
-
-
-@pytest.fixture(scope="session")
-def tiny_image_to_video(tiny_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The pack's generator as an image-to-video one: its denoiser also takes the first frame's latents and a mask."""
-    from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanTransformer3DModel
-
-    from models.pack.tiny import fill_weights
-
-    pipe = DiffusionPipeline.from_pretrained(tiny_pack / "generator")
-    config = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
-    transformer = WanTransformer3DModel(**{**config, "in_channels": 36, "num_layers": 1})
-    fill_weights(transformer, "transformer")
-    parts = {name: getattr(pipe, name) for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
-    folder = tmp_path_factory.mktemp("image-to-video")
-    WanImageToVideoPipeline(transformer=transformer, **parts).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
