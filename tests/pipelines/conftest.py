@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -306,3 +307,67 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Storage]:
         return make_dataset(tmp_path_factory.mktemp("shapes"), Made(**asked))
 
     return build
+
+
+GENERATED: dict[str, Any] = {
+    "name": "generated",
+    "prompts": {"inline": [f"a {colour} {thing}" for colour in ("red", "blue", "green") for thing in ("cat", "dog")]},
+    "buckets": [{"height": 32, "width": 32, "num_frames": 5}],
+    "sampler": {"num_inference_steps": 2},
+    "layout": {"batch_size": 3},
+    "caption": {"styles": ["short"], "max_new_tokens": 8},
+    "output": {"keep_rejected": "latents", "tensors": {"latents": "float32"}},
+}
+"""Two batches of the tiny pack's videos, a second each. Its judge accepts four of the six."""
+
+
+@pytest.fixture(scope="session")
+def generated_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset that the stages made, in this process and without Ray."""
+    from infra.commit import Part
+    from pipelines.enumeration import Batches
+    from pipelines.recipes import RECIPES
+    from pipelines.resolve import resolve_spec
+    from pipelines.run import commit_run_row, expand, open_dataset
+    from pipelines.spec import parse_spec
+    from stages.actor import run_stage
+
+    root = tmp_path_factory.mktemp("generated") / "dataset"
+    run = resolve_spec(parse_spec({**GENERATED, "output": {**GENERATED["output"], "uri": str(root)}}))
+    open_dataset(run)
+    enumeration, _ = expand(run, lambda: ())
+    ids = json.dumps({"generator_ids": run.generator_ids, "plan_id": run.plan.plan_id})
+    known = {"plan_file": enumeration.plan_file, "planned": len(enumeration), "extra_json": ids}
+    commit_run_row(run, "started", status="running", **known)
+    committers = {name: Committer(Table(run.storage, name), run.run_id) for name in ("samples", "failures")}
+    todo = Batches(enumeration, lambda ids: np.zeros(len(ids), bool), run.spec.layout.batch_size, {}, run.spec.seed)
+    recipe = RECIPES[run.spec.recipe]
+    for number, batch in enumerate(todo):
+        batch["batch_index"][:] = number
+        for stage in (*recipe.generating(run), *recipe.judging(run)):
+            stage.load()
+            batch, _ = run_stage(stage, batch)
+        for part in json.loads(batch["result"][0])["parts"]:
+            committers[part["table"]].commit([Part(part["path"], part["nbytes"], part["rows"])])
+    ended = {"allocated_accelerator_seconds": 1.0, "planned_through": len(enumeration)}
+    commit_run_row(run, "ended", status="exhausted", **known, **ended)
+    run.storage.delete(f"control/{run.run_id}.json")
+    return root
+
+
+@pytest.fixture
+def generated(generated_once: Path, tmp_path: Path) -> Callable[..., Any]:
+    """A copy of that dataset, and its resolved spec: `generated(judge={"thresholds": {...}})` changes sections."""
+    from pipelines.resolve import resolve_spec
+    from pipelines.spec import parse_spec
+
+    root = tmp_path / "dataset"
+    shutil.copytree(generated_once, root)
+
+    def resolve(**sections: dict[str, Any]) -> Any:
+        spec = {**GENERATED, "output": {**GENERATED["output"], "uri": str(root)}}
+        for name, changes in sections.items():
+            spec[name] = {**spec.get(name, {}), **changes}
+        return resolve_spec(parse_spec(spec))
+
+    return resolve
