@@ -29,6 +29,7 @@ class Console:
         from pipelines.generate import StopRequest
 
         self.stop: StopRequest = StopRequest()
+        self.result: dict[str, Any] | None = None
         self._as_json = as_json
         self._live = sys.stderr.isatty() and not as_json
         self._last = 0.0
@@ -110,6 +111,7 @@ class Console:
             "bytes": progress.nbytes,
             "verify": [str(finding) for finding in findings],
         }
+        self.result = result
         if self._as_json:
             print(json.dumps(result), flush=True)
             return

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from flows.console import Console, console
@@ -18,7 +13,6 @@ from infra.storage import reaching
 from infra.telemetry import configure
 
 if TYPE_CHECKING:
-    from pipelines.generate import StopRequest
     from pipelines.spec import Spec
 
 REAL_CHECKPOINT = "ditmill run pipelines/examples/wan-1.3b.yaml   # a real checkpoint, on one GPU"
@@ -55,15 +49,19 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
         prefect_session(),
         ray_session(spec.compute.ray_address, env, limits),
         console(shown),
-        _stopping(shown.stop, shown),
     ):
         from flows.synthesize import synthesize
 
         wait_until_up()
-        result: dict[str, Any] = synthesize(json.loads(resolved.spec.model_dump_json()), retry_failed=retry_failed)
+        try:
+            synthesize(json.loads(resolved.spec.model_dump_json()), retry_failed=retry_failed)
+        except Exception as error:
+            if shown.result is None:
+                raise
+            shown.say(f"done, but Prefect could not be told ({type(error).__name__}: {error})")
     if not as_json:
         print(f"  next      {REAL_CHECKPOINT}")
-    return 1 if result["findings"] else 0
+    return 1 if shown.result is None or shown.result["verify"] else 0
 
 
 def run_annotate(spec: Spec, judge: bool, caption: bool) -> list[Any]:
@@ -72,7 +70,6 @@ def run_annotate(spec: Spec, judge: bool, caption: bool) -> list[Any]:
     from contextlib import ExitStack
 
     from pipelines.annotate import recaption, rejudge
-
     from pipelines.graph import worker_env
     from pipelines.resolve import resolve_spec
     from pipelines.run import Cluster
@@ -92,23 +89,3 @@ def run_annotate(spec: Spec, judge: bool, caption: bool) -> list[Any]:
         if caption:
             done.append(recaption(resolved, cluster))
     return done
-
-
-@contextmanager
-def _stopping(stop: StopRequest, shown: Console) -> Iterator[None]:
-    """Ctrl-C or SIGTERM once: finish what is in hand, commit, end. A second time: end now (the next run resumes)."""
-
-    def ask(number: int, _frame: FrameType | None) -> None:
-        if stop.reason:
-            signal.signal(number, signal.SIG_DFL)
-            raise KeyboardInterrupt
-        stop.set("stopped")
-        shown.say("stopping: finishing what is in hand; once more to end at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        sys.stderr.flush()

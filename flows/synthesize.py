@@ -7,20 +7,15 @@ progress, its table and its links as artifacts.
 from __future__ import annotations
 
 import contextlib
-import time
 from functools import cached_property
 from typing import Any
 
 from prefect import flow, task
-from prefect.artifacts import (
-    create_link_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
 from prefect.cache_policies import NO_CACHE
 
+from flows.artifacts import progress_artifact, publish_summary
 from flows.console import Console, current_console
+from flows.stopping import stopping
 from infra.errors import UserError
 from infra.ray_session import ray_session
 from infra.telemetry import log
@@ -92,27 +87,20 @@ def expand_prompts(run: Run) -> None:
 def generate_samples(run: Run) -> None:
     """Samples, committed while they are made. A retry resumes from the tables, as a run with an id of its own."""
     assert run.enumeration is not None
-    artifact = create_progress_artifact(0.0, description=f"samples of {run.resolved.spec.name}")
-    last = 0.0
+    with progress_artifact(f"samples of {run.resolved.spec.name}") as share:
 
-    def show(progress: Progress) -> None:
-        nonlocal last
-        run.console.progress(progress)
-        if time.monotonic() - last > 10 and progress.total:
-            last = time.monotonic()
-            update_progress_artifact(
-                artifact, 100.0 * min(1.0, (progress.before_done + progress.done) / progress.total)
+        def show(progress: Progress) -> None:
+            run.console.progress(progress)
+            share((progress.before_done + progress.done) / max(1, progress.total))
+
+        try:
+            run.outcome = make_samples(
+                run.resolved, run.enumeration, run.sample_groups, run.stop, show, retry_failed=run.retry_failed
             )
-
-    try:
-        run.outcome = make_samples(
-            run.resolved, run.enumeration, run.sample_groups, run.stop, show, retry_failed=run.retry_failed
-        )
-    except Exception:
-        clean_up(run.resolved)
-        run.resolved = run.resolved.again()
-        raise
-    update_progress_artifact(artifact, 100.0)
+        except Exception:
+            clean_up(run.resolved)
+            run.resolved = run.resolved.again()
+            raise
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -140,12 +128,11 @@ def publish(run: Run) -> None:
         "rejected": outcome.progress.rejected,
         "failed": outcome.progress.failed,
     }
-    create_table_artifact(
-        [{"verdict": name, "samples": count} for name, count in counts.items()],
+    publish_summary(
+        counts,
         description=f"run {run.resolved.run_id} of {run.resolved.spec.name}: {outcome.status}",
+        report=f"file://{storage.path('report/index.html')}" if storage.is_local else None,
     )
-    if storage.is_local:
-        create_link_artifact(f"file://{storage.path('report/index.html')}", description="gallery and funnel")
     run.console.finished(run.resolved, outcome, run.published, run.findings)
 
 
@@ -161,7 +148,7 @@ def synthesize(spec: dict[str, Any], retry_failed: bool = False) -> dict[str, An
         run_id, status, counts and what `verify` found.
     """
     console = current_console()
-    with contextlib.ExitStack() as resources:
+    with contextlib.ExitStack() as resources, stopping(console):
         run = Run(resolve_spec(Spec.model_validate(spec), new_run_id()), console, resources, retry_failed)
         expand_prompts(run)
         generate_samples(run)
