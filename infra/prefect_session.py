@@ -45,7 +45,7 @@ def prefect_session() -> Iterator[None]:
         "PREFECT_API_URL": f"http://127.0.0.1:{listening.getsockname()[1]}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_ENABLED": "false",
-        "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "WARNING"),
+        "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "CRITICAL"),
         "DO_NOT_TRACK": "1",
     }
     before = {name: os.environ.get(name) for name in env}
