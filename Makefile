@@ -69,6 +69,8 @@ bench: $(CORE) ## the benchmarks, each beside its baseline
 	@$(BIN)/ditmill bench overhead
 	$(call step,Data plane against a bare Ray Data pipeline)
 	@$(BIN)/ditmill bench dataplane
+	$(call step,Planning a resume over ten million samples)
+	@$(BIN)/ditmill bench planning
 
 .PHONY: lock
 lock: $(CORE) ## resolve pyproject.toml anew, for the Pythons in PYTHONS (oldest first)
