@@ -54,7 +54,7 @@ lint: $(CORE) $(TEST) ## ruff, the arrows between the folders, types
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . || \
 		{ echo "mend with: $(BIN)/ruff check --fix . && $(BIN)/ruff format ."; exit 1; }
 	$(call step,import-linter)
-	@$(BIN)/lint-imports | sed '1,/^Contracts$$/d'
+	@$(BIN)/lint-imports --no-logo
 	$(call step,mypy)
 	@$(BIN)/mypy
 
