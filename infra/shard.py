@@ -6,10 +6,11 @@ written and neither clock nor user enters the bytes.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import tarfile
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,32 +21,56 @@ LONGEST_NAME = 100  # of the USTAR name field
 Place = tuple[int, int]
 """Offset of a member's data in its tar, and its length, in bytes."""
 
+
+class SupportsWrite(Protocol):
+    """A file that can be written to."""
+
+    def write(self, data: bytes, /) -> object: ...
+
+
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-def build_tar(members: list[tuple[str, bytes]]) -> tuple[bytes, dict[str, Place]]:
-    """A USTAR tar of `members` (name, data), sorted by name, and where each one's data lies in it.
+class TarWriter:
+    """Writes a USTAR tar to `file`, member by member, in the order in which they come.
 
     Names are `<key>.<suffix>`, lower case: WebDataset takes all that share a key, side by side, as one sample.
-    Raises ValueError for any other name and for one that comes twice.
     """
-    places: dict[str, Place] = {}
-    pieces: list[bytes] = []
-    at = 0
-    # By key, then suffix: as one text, "a-1.mp4" would sort between "a.json" and "a.mp4"'s neighbours.
-    for name, data in sorted(members, key=lambda member: member[0].split(".", 1)):
+
+    def __init__(self, file: SupportsWrite) -> None:
+        self._file = file
+        self._at = 0
+        self._names: set[str] = set()
+
+    def add(self, name: str, data: bytes) -> Place:
+        """Write one member; where its data lies. Raises ValueError for any other name and for one that comes twice."""
         if not MEMBER.fullmatch(name) or len(name) > LONGEST_NAME:
             raise ValueError(
                 f"tar member {name!r}: expected <sample_id>.<suffix> of a-z 0-9 _ -, at most {LONGEST_NAME} characters"
             )
-        if name in places:
+        if name in self._names:
             raise ValueError(f"tar member {name!r} comes twice")
-        places[name] = (at + BLOCK, len(data))
+        self._names.add(name)
+        place = (self._at + BLOCK, len(data))
         padding = -len(data) % BLOCK
-        pieces += [_header(name, len(data)), data, bytes(padding)]
-        at += BLOCK + len(data) + padding
-    pieces.append(bytes(2 * BLOCK))
-    return b"".join(pieces), places
+        for piece in (_header(name, len(data)), data, bytes(padding)):
+            self._file.write(piece)
+        self._at += BLOCK + len(data) + padding
+        return place
+
+    def close(self) -> None:
+        """Write the end of the tar; the file stays open."""
+        self._file.write(bytes(2 * BLOCK))
+
+
+def build_tar(members: list[tuple[str, bytes]]) -> tuple[bytes, dict[str, Place]]:
+    """A USTAR tar of `members` (name, data), sorted by name, and where each one's data lies in it."""
+    file = io.BytesIO()
+    tar = TarWriter(file)
+    # By key, then suffix: as one text, "a-1.mp4" would sort between "a.json" and "a.mp4"'s neighbours.
+    places = {name: tar.add(name, data) for name, data in sorted(members, key=lambda member: member[0].split(".", 1))}
+    tar.close()
+    return file.getvalue(), places
 
 
 def _header(name: str, nbytes: int) -> bytes:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 from uuid import uuid4
 
 from infra.errors import UserError
@@ -80,15 +80,30 @@ class Storage:
         return posixpath.join(root, name) if name else root
 
     def write_bytes(self, name: str, data: bytes) -> None:
+        if not self.is_local:
+            self.fs.pipe_file(self.path(name), data)
+            return
+        with self.writing(name) as file:
+            file.write(data)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """A file to write piece by piece. It is there once the block ends, and never where the block raises."""
         path = self.path(name)
         if not self.is_local:
-            self.fs.pipe_file(path, data)
+            file = self.fs.open(path, "wb")
+            try:
+                yield file
+            except BaseException:
+                file.discard()
+                raise
+            file.close()
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
         temporary = f"{path}.{uuid4().hex[:8]}.tmp"
         try:
-            with open(temporary, "wb") as file:  # noqa: PTH123
-                file.write(data)
+            with open(temporary, "wb") as local:  # noqa: PTH123
+                yield local
             os.replace(temporary, path)  # noqa: PTH105
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

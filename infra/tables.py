@@ -30,6 +30,13 @@ class Commit(NamedTuple):
     metadata: dict[str, Any]
 
 
+class Snapshot(NamedTuple):
+    """One version of a table, -1 where there is none, and its live parts."""
+
+    version: int
+    files: list[str]
+
+
 class Table:
     """One table of a dataset. Reading one that was never written gives no rows."""
 
@@ -75,8 +82,14 @@ class Table:
 
     def files(self) -> list[str]:
         """Names of the live parts, relative to the dataset's root."""
+        return self.snapshot().files
+
+    def snapshot(self) -> Snapshot:
+        """What the table is made of now."""
         table = self.handle()
-        return [] if table is None else [f"{self.name}/{path.rsplit('/', 1)[-1]}" for path in table.file_uris()]
+        if table is None:
+            return Snapshot(-1, [])
+        return Snapshot(table.version(), [f"{self.name}/{path.rsplit('/', 1)[-1]}" for path in table.file_uris()])
 
     def dataset(self, files: list[str] | None = None) -> pds.Dataset:
         """The live parts (or the given ones) as a pyarrow dataset of the table's own schema."""
