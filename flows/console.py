@@ -123,6 +123,12 @@ class Console:
             self._width = 0
 
 
+def places(root: str) -> list[str]:
+    """Lines that say where a dataset's things are."""
+    page = f"{root}/report/index.html"
+    return [f"  dataset   {root}", f"  gallery   {page}", f"  funnel    {page}#funnel"]
+
+
 def _summary(name: str, result: dict[str, Any]) -> str:
     done = result["accepted"] + result["rejected"] + result["failed"]
     per = result["accelerator_seconds_per_accepted"]
@@ -134,9 +140,7 @@ def _summary(name: str, result: dict[str, Any]) -> str:
         [
             f"{name}: {done} samples, {result['accepted']} accepted, {result['rejected']} rejected, {result['failed']} failed"
             f" in {result['seconds']} s ({result['status']})",
-            f"  dataset   {result['dataset']}",
-            f"  gallery   {result['report']}",
-            f"  funnel    {result['report']}#funnel",
+            *places(result["dataset"]),
             f"  measured  {result['accelerator_seconds']} accelerator-seconds"
             + (f", {per} for each accepted sample" if per is not None else "")
             + (f"; {rate} samples/s once models were loaded" if (rate := result["samples_per_second"]) else "")

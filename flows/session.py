@@ -6,7 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from flows.console import Console, console
+from flows.console import Console, console, places
 from infra.prefect_session import prefect_session, wait_until_up
 from infra.ray_session import ray_session
 from infra.storage import reaching
@@ -37,6 +37,8 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
     if found.nothing_to_do and not (retry_failed and found.failed):
         if as_json:
             print(json.dumps({"status": "nothing to do", "dataset": resolved.storage.root, "new": 0}))
+        else:
+            print("\n".join(places(resolved.storage.root)))
         return 0
     for model, licence in resolved.licences:
         if licence.may_train != "yes" and spec.policy.licences == "warn":
