@@ -202,7 +202,7 @@ class _Written:
                 key = "output.tensors" if accepted else "output.keep_rejected"
                 raise UserError(f"{key}: {row['model']} runs whole and gives no latents; do not ask for them")
             latents = self.batch["latents"][at]
-            layout = json.loads(row["plan_json"] or "{}").get("latents", {}).get("layout", "")
+            layout = json.loads(row["plan_json"] or "{}").get("latent_layout", "")
             try:
                 data = safetensors_bytes("latents", latents, dtype, {"layout": layout, "plan": row["plan_json"]})
             except ValueError as error:

@@ -22,7 +22,7 @@ from infra.storage import Storage
 from stages.batch import Batch, jsons, take, texts
 from stages.write import GeneratorFacts, WriteShards, split_of
 
-PLAN = json.dumps({"latents": {"layout": "C T H W", "scaling": "none"}, "shift": 3.0})
+PLAN = json.dumps({"latent_layout": "C T H W", "latents": {"scaling": "none"}, "shift": 3.0})
 ASKED = json.dumps({"shift": None})
 MAY_DIFFER = {"run_id", "created_at", "cost", "node", "device", "layout_json", "code_version"}
 T, H, W = 5, 32, 48
