@@ -46,6 +46,7 @@ class Run:
         self.findings: list[Finding] = []
         self.published: ReportSummary | None = None
         self._resources = resources
+        self._abandoned: list[Resolved] = []
 
     @cached_property
     def cluster(self) -> Cluster:
@@ -63,6 +64,25 @@ class Run:
     def sample_groups(self) -> tuple[Group, ...]:
         return sample_groups(self.resolved, self.cluster)
 
+    def abandon(self) -> None:
+        """After a failure: end the Ray session, in which workers may still write, and be ready for another attempt."""
+        import ray
+
+        self.__dict__.pop("cluster", None)
+        ray.shutdown()
+        self.clean_up()
+        self._abandoned.append(self.resolved)
+        self.resolved = self.resolved.again()
+
+    def clean_up(self) -> None:
+        """Remove what this run's attempts, and runs that died, wrote and never committed."""
+        try:
+            removed = [name for attempt in (*self._abandoned, self.resolved) for name in clean_up(attempt)]
+        except Exception as error:  # storage that is down or full; the next run sweeps
+            log().warning("could not sweep", error=f"{type(error).__name__}: {error}")
+        else:
+            log().info("swept", files=len(removed))
+
 
 def _is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
     """The user's mistakes stay mistakes."""
@@ -73,7 +93,11 @@ def _is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
 def expand_prompts(run: Run) -> None:
     """Prompts, committed."""
     open_dataset(run.resolved)
-    run.enumeration, run.records = expand(run.resolved, run.expand_groups)
+    try:
+        run.enumeration, run.records = expand(run.resolved, run.expand_groups)
+    except Exception:
+        run.abandon()
+        raise
     run.console.records(run.records)
 
 
@@ -98,17 +122,14 @@ def generate_samples(run: Run) -> None:
                 run.resolved, run.enumeration, run.sample_groups, run.stop, show, retry_failed=run.retry_failed
             )
         except Exception:
-            clean_up(run.resolved)
-            run.resolved = run.resolved.again()
+            run.abandon()
             raise
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def verify_dataset(run: Run) -> None:
     """What is promised, checked on the stored bytes of this run."""
-    removed = clean_up(run.resolved)
-    if removed:
-        log().info("swept", files=len(removed))
+    run.clean_up()
     run.findings = list(verify(run.resolved.storage, run_id=run.resolved.run_id))
     run.console.verified(run.findings)
 

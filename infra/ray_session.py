@@ -20,6 +20,8 @@ QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
+    # A thread that outlives its session must not start another one.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     # Seconds until processes that cannot reach the cluster's control store give up (Ray waits for 60).
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
     "RAY_BACKEND_LOG_LEVEL": "fatal",

@@ -19,8 +19,9 @@ from models.source import content_sha256
 from pipelines.annotate import Annotated, Scope
 from pipelines.decisions import NONE, Decision, read_decisions, read_scores
 from pipelines.feed import Feeder
-from pipelines.generate import Ledger, StopRequest
+from pipelines.generate import StopRequest
 from pipelines.graph import Group, in_flight, results
+from pipelines.ledger import Ledger
 from pipelines.resolve import Resolved
 from pipelines.run import Cluster, commit_run_row
 from pipelines.stored import COLUMNS, StoredBatches
@@ -287,10 +288,11 @@ class _Job:
 
         try:
             feed()
-            for batch in results(feeder.mailbox, groups, {"run_id": run.run_id}, started):
-                self._take(feeder, batch)
-                self._commit()
-                feed()
+            with contextlib.closing(results(feeder, groups, {"run_id": run.run_id}, started)) as out:
+                for batch in out:
+                    self._take(feeder, batch)
+                    self._commit()
+                    feed()
         finally:
             feeder.close()
         for batch in feeder.unfinished():

@@ -7,13 +7,16 @@ and makes stopping clean: hand out no more, and everything launched finishes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import ray
 from ray.data import Datasource, ReadTask
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
+from ray.exceptions import RayError
 
 from stages.actor import pack
 from stages.batch import Batch, size
@@ -75,6 +78,25 @@ class MailboxSource(Datasource):
         return [ReadTask(read, metadata)]
 
 
+class Watch(ExecutionCallback):
+    """What the driver knows of the graph that runs in this process, one at a time, and how it ends one.
+
+    A batch that kills its worker again when it is retried does not come out: Ray Data only counts it.
+    """
+
+    lost: ClassVar[int] = 0
+    ending: ClassVar[bool] = False
+
+    def on_execution_step(self, executor: Any) -> None:
+        Watch.lost = executor._num_errored_blocks
+        if Watch.ending:
+            raise GraphEnded("the driver ended the graph")
+
+
+class GraphEnded(Exception):
+    """Raised inside of Ray Data's loop, so that it ends and lets go of its actors."""
+
+
 class Feeder:
     """The driver's side: numbers batches and keeps at most `in_flight` of them under way."""
 
@@ -84,11 +106,16 @@ class Feeder:
         self.launched = 0
         self.closed = False
         self._open: dict[int, Batch] = {}
-        self._late: dict[int, Batch] = {}
+        Watch.lost, Watch.ending = 0, False
+
+    @property
+    def lost(self) -> int:
+        """How many of the batches that have not come out never will. Which ones is known when the graph has ended."""
+        return min(Watch.lost, len(self._open))
 
     @property
     def has_room(self) -> bool:
-        return not self.closed and len(self._open) < self.in_flight
+        return not self.closed and len(self._open) - self.lost < self.in_flight
 
     def put(self, batch: Batch) -> None:
         """Hand out `batch`; its number becomes its `batch_index`."""
@@ -100,24 +127,24 @@ class Feeder:
 
     def done(self, number: int) -> bool:
         """Note that a batch came out; False if it had done so before."""
-        if self._open.pop(number, None) is None and self._late.pop(number, None) is None:
+        if self._open.pop(number, None) is None:
             return False
         self.mailbox.done.remote(number)
-        # Actors keep order, give or take what is in flight. What is far behind was probably lost with its worker and must
-        # not hold a place.
-        for old in [old for old in self._open if old < number - 4 * self.in_flight]:
-            self._late[old] = self._open.pop(old)
         return True
 
     @property
     def samples_in_flight(self) -> int:
-        return sum(size(batch) for batch in self._open.values())
+        """Samples that are still expected, about."""
+        expected = len(self._open) - self.lost
+        return sum(size(batch) for batch in self._open.values()) * expected // max(1, len(self._open))
 
     def unfinished(self) -> list[Batch]:
         """Batches that did not come out (yet)."""
-        return [*self._late.values(), *self._open.values()]
+        return list(self._open.values())
 
     def close(self) -> None:
+        """Hand out no more. Where the mailbox is gone, so is the graph."""
         if not self.closed:
             self.closed = True
-            ray.get(self.mailbox.close.remote())
+            with contextlib.suppress(RayError):
+                ray.get(self.mailbox.close.remote())

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import queue
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,12 +25,17 @@ from infra.errors import UserError
 from infra.schema import FAILURES
 from infra.storage import Storage
 from infra.tables import Table
+from infra.telemetry import log
 from pipelines.enumeration import Batches, Enumeration
 from pipelines.feed import Feeder
-from pipelines.graph import Group, in_flight, results
+from pipelines.graph import GraphBroke, Group, in_flight, results
 from pipelines.idset import IdSet
+from pipelines.ledger import Ledger, rows_cost
 from pipelines.spec import Budget, Target
 from stages.batch import Batch, WorldFault, size, take
+
+MOST_LOST = 8
+"""Batches that may kill their workers, beside one for each that comes out, before the blame is on the world."""
 
 
 @dataclass(frozen=True)
@@ -91,44 +94,6 @@ class Outcome:
     reproducible: str
     actors: tuple[dict[str, Any], ...] = ()
     """What each actor says of itself (see stages.actor.LedgerEntry)."""
-
-
-class Ledger:
-    """The newest entry of every actor (see stages.actor.LedgerEntry)."""
-
-    def __init__(self) -> None:
-        self._entries: dict[str, dict[str, Any]] = {}
-
-    def add(self, entries: list[dict[str, Any]]) -> None:
-        for entry in entries:
-            known = self._entries.get(entry["actor"])
-            if known is None or known["ended_at"] < entry["ended_at"]:
-                self._entries[entry["actor"]] = entry
-
-    def allocated(self, until: float) -> float:
-        """Accelerator-seconds that all actors held, from their start to `until`."""
-        return sum((until - entry["started_at"]) * entry["accelerators"] for entry in self._entries.values())
-
-    def overhead(self, until: float) -> dict[str, float]:
-        """What of them is in no sample's cost, accelerator-seconds by kind."""
-        kinds = {"boot": 0.0, "load": 0.0, "idle": 0.0, "unshared": 0.0, "tail": 0.0}
-        for entry in self._entries.values():
-            share = entry["accelerators"]
-            kinds["boot"] += entry["boot_seconds"] * share
-            kinds["load"] += entry["load_seconds"] * share
-            kinds["idle"] += entry["idle_seconds"] * share
-            kinds["unshared"] += (entry["busy_seconds"] - entry["shared_seconds"]) * share
-            kinds["tail"] += (until - entry["ended_at"]) * share
-        return kinds
-
-    @property
-    def entries(self) -> tuple[dict[str, Any], ...]:
-        return tuple(self._entries.values())
-
-    @property
-    def reproducible(self) -> str:
-        found = {entry["reproducible"] for entry in self._entries.values()} - {""}
-        return found.pop() if len(found) == 1 else ("tolerance" if found else "")
 
 
 class Commits:
@@ -204,15 +169,8 @@ def generate(
     ready = next(first, None)
     if ready is None:
         return Outcome("exhausted", batches.planned_through, progress, 0.0, {}, "")
-    started = time.time()
     with beating(Pulse(job.storage, job.run_id), "running", run.counts, lambda: stop.set("stopped")):
-        made = groups()
-        lost = run.drive(_chain(ready, first), made, started, max_errored=4)
-        singles = (take(batch, np.array([at])) for batch in lost for at in range(size(batch)))
-        died = run.drive(singles, made, time.time(), max_errored=-1, to_the_end=True) if lost else []
-        for batch in died:
-            commits.add([_worker_died(job, batch)])
-            progress.failed += 1
+        run.make(_chain(ready, first), groups())
         progress.committed += commits.commit(force=True)
     ended = time.time()
     status = stop.reason or ("reached" if run.target_reached() else "exhausted")
@@ -221,7 +179,7 @@ def generate(
         batches.planned_through,
         progress,
         ledger.allocated(ended),
-        ledger.overhead(ended),
+        ledger.overhead(ended, rows_cost(job.storage, job.run_id)),
         ledger.reproducible,
         ledger.entries,
     )
@@ -241,53 +199,71 @@ class _Run:
     ) -> None:
         self.job, self.commits, self.progress, self.ledger = job, commits, progress, ledger
         self.stop, self.report = stop, report
+        self._came = 0  # batches
         self._deadline = parse_deadline(job.budget.deadline)
 
     def target_reached(self) -> bool:
         wanted = self.job.target.accepted
         return wanted is not None and self.progress.before_accepted + self.progress.accepted >= wanted
 
-    def drive(
-        self,
-        batches: Iterator[Batch],
-        groups: tuple[Group, ...],
-        started: float,
-        max_errored: int,
-        to_the_end: bool = False,
-    ) -> list[Batch]:
-        """Take `batches` through the graph; those that did not come out, because they killed their worker.
+    def make(self, batches: Iterator[Batch], groups: tuple[Group, ...]) -> None:
+        """Take `batches` through the graph, to their rows. A graph that breaks is started again while there is progress."""
+        broke = True
+        while broke:
+            lost, broke = self.drive(batches, groups, in_flight(groups))
+            # Most of them only stood beside the one that killed the worker: each gets the graph to itself.
+            lost, _ = self.drive(iter(lost), groups, 1, to_the_end=True)
+            singles = (take(batch, np.array([at])) for batch in lost for at in range(size(batch)))
+            died, _ = self.drive(singles, groups, 1, to_the_end=True) if lost else ([], False)
+            for batch in died:
+                self.commits.add([_worker_died(self.job, batch)])
+                self.progress.failed += 1
 
+    def drive(
+        self, batches: Iterator[Batch], groups: tuple[Group, ...], at_once: int, to_the_end: bool = False
+    ) -> tuple[list[Batch], bool]:
+        """Take `batches` through the graph, `at_once` at a time.
+
+        Those that did not come out, most of them because they killed their worker, and whether the graph broke.
+        WorldFault if nothing came out of a graph that broke, or if more batches are lost than come out.
         `to_the_end`: whatever asks for an end, take all of them.
         """
-        feeder = Feeder(in_flight(groups))
-        out: queue.Queue[Batch | BaseException | None] = queue.Queue()
+        first = next(batches, None)
+        if first is None:
+            return [], False
+        batches = _chain(first, batches)
+        came = self._came
+        feeder = Feeder(at_once)
         context = {"run_id": self.job.run_id}
-        thread = threading.Thread(
-            target=_pump, args=(results(feeder.mailbox, groups, context, started, max_errored), out), daemon=True
-        )
-        thread.start()
         try:
-            while True:
+            with contextlib.closing(results(feeder, groups, context, time.time())) as out:
                 self._feed(feeder, batches, to_the_end)
-                try:
-                    item = out.get(timeout=0.25)
-                except queue.Empty:
-                    self._tick(started)
-                    continue
-                if item is None:
-                    break
-                if isinstance(item, BaseException):
-                    raise WorldFault(f"{type(item).__name__}: {item}") from item
-                self._take(feeder, item)
-                self._tick(started)
+                for batch in out:
+                    self._take(feeder, batch)
+                    self._tick()
+                    if feeder.lost > MOST_LOST + self._came:
+                        raise WorldFault(f"{feeder.lost} batches killed their workers and {self._came} came out")
+                    self._feed(feeder, batches, to_the_end)
+        except GraphBroke as fault:
+            self._save()
+            if self._came == came:
+                raise
+            log().warning("the graph broke and is started again", error=str(fault))
+            return feeder.unfinished(), True
         except BaseException:
-            # What is written and whole is not lost with the run.
-            with contextlib.suppress(OSError, TimeoutError):
-                self.progress.committed += self.commits.commit(force=True)
+            self._save()
             raise
         finally:
             feeder.close()
-        return feeder.unfinished()
+            self.ledger.release(time.time())
+        return feeder.unfinished(), False
+
+    def _save(self) -> None:
+        """What is written and whole is not lost with the run."""
+        try:
+            self.progress.committed += self.commits.commit(force=True)
+        except Exception as error:
+            log().warning("could not commit", error=f"{type(error).__name__}: {error}")
 
     def _feed(self, feeder: Feeder, batches: Iterator[Batch], to_the_end: bool) -> None:
         while feeder.has_room:
@@ -321,6 +297,7 @@ class _Run:
         result = json.loads(batch["result"][0])
         if not feeder.done(result["batch_index"]):
             return
+        self._came += 1
         self.progress.accepted += result["accepted"]
         self.progress.rejected += result["rejected"]
         self.progress.failed += result["failed"]
@@ -331,7 +308,7 @@ class _Run:
         self.ledger.add(result["ledger"])
         self.commits.add(result["parts"])
 
-    def _tick(self, started: float) -> None:
+    def _tick(self) -> None:
         self.progress.committed += self.commits.commit()
         self.report(self.progress)
         budget = self.job.budget
@@ -353,15 +330,6 @@ class _Run:
             "launched": progress.launched,
             "total": progress.total,
         }
-
-
-def _pump(source: Iterator[Batch], out: queue.Queue[Batch | BaseException | None]) -> None:
-    try:
-        for batch in source:
-            out.put(batch)
-        out.put(None)
-    except BaseException as error:
-        out.put(error)
 
 
 def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:

@@ -9,15 +9,24 @@ never all start on two cores. With `compute.split: stages` encoding and decoding
 from __future__ import annotations
 
 import os
+import queue
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from stages.batch import Batch, Stage
+from stages.batch import Batch, Stage, WorldFault
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+    from pipelines.feed import Feeder
 
 REPO = Path(__file__).resolve().parent.parent
+TICK_SECONDS = 0.25
+END_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ def _bounded_retries() -> dict[str, int]:
 
 
 def in_flight(groups: tuple[Group, ...]) -> int:
-    """Batches under way at most: each actor has one in hand and one waiting, and lost ones must not block the rest."""
+    """Batches under way at most: each actor has one in hand and one waiting."""
     return 2 * sum(group.actors for group in groups) + 2
 
 
@@ -116,27 +125,64 @@ def worker_env(threads: int) -> dict[str, str]:
     }
 
 
-def results(
-    mailbox: Any, groups: tuple[Group, ...], context: dict[str, str], earliest: float, max_errored: int = 4
-) -> Iterator[Batch]:
-    """Run the graph: the last group's batches as they come out, until the mailbox closes.
+class GraphBroke(WorldFault):
+    """Ray Data gave up: it has told why, but not which batch."""
 
-    A batch that kills its worker is tried once more and then given up (up to `max_errored` of them): it does not come out.
+
+def results(
+    feeder: Feeder, groups: tuple[Group, ...], context: dict[str, str], earliest: float
+) -> Generator[Batch, None, None]:
+    """Run the graph: the last group's batches as they come out, until the feeder is closed and all are out.
+
+    Every so often it yields an empty batch, so that its caller can look around. A batch that kills its worker is tried once
+    more and then given up: it does not come out (see `Feeder.lost`). A graph that breaks raises GraphBroke. Closing this
+    iterator early ends the graph and lets go of its actors.
+
+    Args:
+        feeder: hands out the batches.
+        groups: the actors, in the order in which batches go through them.
+        context: bound to every log line of the actors.
+        earliest: when the actors were asked for, Unix seconds.
     """
+    from pipelines.feed import Watch
+
+    out: queue.Queue[Batch | str | None] = queue.Queue()
+    arguments = (_dataset(feeder, groups, context, earliest), out)
+    thread = threading.Thread(target=_pump, args=arguments, name="graph", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                item = out.get(timeout=TICK_SECONDS)
+            except queue.Empty:
+                yield {}
+                continue
+            if item is None:
+                return
+            if isinstance(item, str):
+                raise GraphBroke(item)
+            yield item
+    finally:
+        Watch.ending = True
+        thread.join(END_SECONDS)
+
+
+def _dataset(feeder: Feeder, groups: tuple[Group, ...], context: dict[str, str], earliest: float) -> Dataset:
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
 
-    from pipelines.feed import MailboxSource
-    from stages.actor import StageActor, unpack
+    from pipelines.feed import MailboxSource, Watch
+    from stages.actor import StageActor
 
     settings = DataContext.get_current()
     settings.enable_progress_bars = False
-    settings.max_errored_blocks = max_errored
+    settings.max_errored_blocks = -1
+    settings.custom_execution_callback_classes = [Watch]
     settings.print_on_execution_start = False
     # Blocks are of one row, a batch: hand each on at once instead of collecting 128 MiB of them.
     settings.target_max_block_size = 1
     settings.target_min_block_size = 1
-    dataset = ray.data.read_datasource(MailboxSource(mailbox), override_num_blocks=1, num_cpus=0.01)
+    dataset = ray.data.read_datasource(MailboxSource(feeder.mailbox), override_num_blocks=1, num_cpus=0.01)
     # Ray Data has no other way yet to bound restarts.
     warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
     for group in groups:
@@ -151,6 +197,18 @@ def results(
             compute=ActorPoolStrategy(size=group.actors, max_tasks_in_flight_per_actor=2),
             ray_remote_args_fn=_bounded_retries,
         )
-    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for at in range(block.num_rows):
-            yield unpack(block.slice(at, 1))
+    return dataset
+
+
+def _pump(dataset: Dataset, out: queue.Queue[Batch | str | None]) -> None:
+    """Move what comes out of Ray Data into `out`; at its end None, or what broke it."""
+    from stages.actor import unpack
+
+    try:
+        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for at in range(block.num_rows):
+                out.put(unpack(block.slice(at, 1)))
+        out.put(None)
+    except BaseException as error:
+        # As text: the error's frames would hold on to the graph's actors.
+        out.put(f"{type(error).__name__}: {error}")

@@ -8,6 +8,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -98,19 +99,19 @@ def _commit_expansions(
             feeder.put(_record_batch(chunk))
 
     feed()
-    for batch in results(feeder.mailbox, made, {"run_id": run.run_id}, time.time()):
-        if "fault" in batch:
-            kind, _, message = str(batch["fault"][0]).partition(": ")
-            raise UserError(message) if kind == "user" else WorldFault(message)
-        number = int(batch["batch_index"][0])
-        if feeder.done(number):
-            rows: list[Row] = []
-            for record, answer in zip(waiting.pop(number), load_json(batch["expansions"]), strict=True):
-                answers = _allowed(record, answer, expand.variants, exclusions, report)
-                rows += expand_rows(record, answers, expander.fingerprint, expand.keep_original)
-            new = ~known.contains([row["prompt_id"] for row in rows])
-            _commit_rows(run, committer, [row for row, is_new in zip(rows, new, strict=True) if is_new], number)
-        feed()
+    with closing(results(feeder, made, {"run_id": run.run_id}, time.time())) as out:
+        for batch in out:
+            if "fault" in batch:
+                kind, _, message = str(batch["fault"][0]).partition(": ")
+                raise UserError(message) if kind == "user" else WorldFault(message)
+            if batch and feeder.done(number := int(batch["batch_index"][0])):
+                rows: list[Row] = []
+                for record, answer in zip(waiting.pop(number), load_json(batch["expansions"]), strict=True):
+                    answers = _allowed(record, answer, expand.variants, exclusions, report)
+                    rows += expand_rows(record, answers, expander.fingerprint, expand.keep_original)
+                new = ~known.contains([row["prompt_id"] for row in rows])
+                _commit_rows(run, committer, [row for row, is_new in zip(rows, new, strict=True) if is_new], number)
+            feed()
     if feeder.unfinished():
         raise WorldFault("prompts.expand: the language model's worker died on the same records each time")
 

@@ -36,6 +36,8 @@ OVERHEAD = {
     "load": "loading models",
     "idle": "waiting for work",
     "unshared": "between stages",
+    "repeats": "computed twice",
+    "lost": "lost with a worker",
     "tail": "after the last batch",
 }
 """What a run's overhead is called in the report."""

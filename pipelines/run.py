@@ -145,7 +145,10 @@ def make_samples(
         outcome = generate(job, groups, stop, report)
     except BaseException as error:
         failed = known | {"extra_json": json.dumps({**ids, "error": str(error)[:2000]})}
-        commit_run_row(run, "ended", status="failed", **failed)
+        try:
+            commit_run_row(run, "ended", status="failed", **failed)
+        except Exception as second:  # the storage may be what failed
+            log().warning("could not record how the run ended", error=f"{type(second).__name__}: {second}")
         raise
     progress = outcome.progress
     commit_run_row(

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import pickle
+import sys
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -42,11 +43,13 @@ def unpack(block: pa.Table) -> Batch:
 class LedgerEntry(NamedTuple):
     """Where the seconds of one actor went so far; the newest entry of an actor says it all.
 
-    Times are Unix seconds, durations seconds, `accelerators` the actor's share of devices. `shared_seconds` is what the
-    rows' costs hold of `busy_seconds`.
+    An actor that dies is started again in the same slot. Times are Unix seconds, durations seconds, `accelerators` the
+    actor's share of devices. `shared_seconds` is what the rows' costs hold of `busy_seconds`.
     """
 
     actor: str
+    slot: str
+    slot_started_at: float
     group: str
     accelerators: float
     started_at: float
@@ -86,6 +89,8 @@ class StageActor:
         self._id = f"{os.uname().nodename}-{os.getpid()}"
         called = time.time()
         self._started = min(called, max(earliest, _process_start()))
+        self._slot, restarted = _slot(self._id)
+        self._slot_started = min(earliest or self._started, self._started) if restarted else self._started
         self._boot = called - self._started
         self._idle = self._busy = self._shared = 0.0
         self._reproducible = self._fault = ""
@@ -128,6 +133,8 @@ class StageActor:
     def _entry(self) -> LedgerEntry:
         return LedgerEntry(
             actor=self._id,
+            slot=self._slot,
+            slot_started_at=self._slot_started,
             group=self.group,
             accelerators=self.accelerators,
             started_at=self._started,
@@ -255,6 +262,15 @@ def _self_test(stages: tuple[Stage, ...]) -> str:
     from models.selftest import slot_invariant
 
     return "bitwise" if slot_invariant() else "tolerance"
+
+
+def _slot(otherwise: str) -> tuple[str, bool]:
+    """What stays the same when Ray starts this actor again, and whether it has."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return otherwise, False
+    context = ray.get_runtime_context()
+    return context.get_actor_id() or otherwise, bool(context.was_current_actor_reconstructed)
 
 
 def _process_start() -> float:
