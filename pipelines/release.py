@@ -32,7 +32,8 @@ from infra.schema import SCHEMA_VERSION
 from infra.storage import Storage
 from infra.tables import Table
 from pipelines.choose import choose
-from pipelines.decisions import DECIDED, apply, read_decisions
+from pipelines.decisions import DECIDED, NONE, apply, read_decisions
+from pipelines.idset import IdSet
 from pipelines.repack import File, Hashed, pack
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -51,6 +52,8 @@ class Released:
     folder: str
     where: str
     rows: int
+    without_media: int
+    """Samples that met the condition and are left out: an annotation accepted them after their media were thrown away."""
     counts: Mapping[str, Mapping[str, int]]
     """Rows by split, by verdict and by run."""
     cost: Mapping[str, float]
@@ -72,7 +75,10 @@ class Released:
     def __str__(self) -> str:
         nbytes = sum(item["nbytes"] for item in self.files)
         splits = ", ".join(f"{count} {split}" for split, count in self.counts["split"].items())
-        return f"{self.folder}: {self.rows} samples ({splits}), {len(self.files)} files, {nbytes:,} bytes"
+        said = f"{self.folder}: {self.rows} samples ({splits}), {len(self.files)} files, {nbytes:,} bytes"
+        if self.without_media:
+            said += f"; {self.without_media} that were accepted later are left out: their media were not kept"
+        return said
 
 
 def release(storage: Storage, name: str, where: str | None = None, pack_bytes: int | None = None) -> Released:
@@ -131,11 +137,24 @@ class Snapshot:
         self._samples = table.dataset(sorted(found.files))
         self._decisions = read_decisions(storage, until=said.version)
 
-    def batches(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    def batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """All samples that are not withdrawn, as decided."""
         for batch in self._samples.to_batches(columns=columns):
-            if batch.num_rows:
-                yield apply(batch, self._decisions)
+            yield apply(batch, self._decisions)
+
+    def chosen(self, ids: IdSet) -> Iterator[tuple[pa.RecordBatch, int]]:
+        """Of those with these ids, the ones to release, and how many are left out because their media were not kept."""
+        for batch in self._samples.to_batches():
+            batch = batch.filter(pa.array(ids.contains(batch.column("sample_id").to_pylist())))
+            lost = pa.array(
+                [self._lost_media(row) for row in batch.select(["sample_id", "verdict", "media"]).to_pylist()]
+            )
+            yield apply(batch.filter(pc.invert(lost.cast(pa.bool_()))), self._decisions), pc.sum(lost).as_py() or 0
+
+    def _lost_media(self, row: dict[str, Any]) -> bool:
+        if row["verdict"] != "rejected" or self._decisions.get(row["sample_id"], NONE).verdict != "accepted":
+            return False
+        return all(item["role"] == "preview" for item in row["media"] or ())
 
 
 def _release(storage: Storage, name: str, where: str, pack_bytes: int | None, nonce: str) -> Released:
@@ -148,14 +167,21 @@ def _release(storage: Storage, name: str, where: str, pack_bytes: int | None, no
         raise UserError(f"where: no sample meets {where!r}; nothing was released")
     writer = _Writer(storage, name, nonce, pack_bytes)
     try:
-        for batch in snapshot.batches():
-            writer.add(batch.filter(pa.array(chosen.contains(batch.column("sample_id").to_pylist()))))
+        without_media = 0
+        for batch, lost in snapshot.chosen(chosen):
+            writer.add(batch)
+            without_media += lost
         writer.close()
+        if not writer.files:
+            raise UserError(
+                f"where: of the {without_media} samples that meet {where!r} no media were kept; nothing was released"
+            )
         made = Released(
             name=name,
             folder=f"{FOLDER}/{name}",
             where=where,
             rows=sum(writer.counts["split"].values()),
+            without_media=without_media,
             counts={key: dict(sorted(count.items())) for key, count in writer.counts.items()},
             cost={key: round(seconds, 4) for key, seconds in writer.cost.items()},
             licences=tuple(_licences(storage, set(writer.counts["run_id"]))),
