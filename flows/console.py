@@ -31,6 +31,7 @@ class Console:
         self.stop: StopRequest = StopRequest()
         self.result: dict[str, Any] | None = None
         self._as_json = as_json
+        self._results = sys.stdout
         self._live = sys.stderr.isatty() and not as_json
         self._last = 0.0
         self._width = 0
@@ -113,9 +114,9 @@ class Console:
         }
         self.result = result
         if self._as_json:
-            print(json.dumps(result), flush=True)
+            print(json.dumps(result), file=self._results, flush=True)
             return
-        print(_summary(spec.name, result))
+        print(_summary(spec.name, result), file=self._results, flush=True)
 
     def _clear(self) -> None:
         if self._live and self._width:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from flows.console import Console, console, places
@@ -48,6 +50,7 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
     env = worker_env(spec.layout.threads)
     limits: dict[str, float] = dict(spec.compute.limits)  # type: ignore[arg-type]
     with (
+        redirect_stdout(sys.stderr),  # Ray prints what befalls its workers; stdout is for results
         prefect_session(),
         ray_session(spec.compute.ray_address, env, limits),
         console(shown),

@@ -55,8 +55,9 @@ class Ledger:
         for slot, lives in self._slots().items():
             share, at = lives[0]["accelerators"], _began(lives)
             for entry in lives:
-                kinds["lost"] += (entry["started_at"] - at) * share
-                kinds["boot"] += entry["boot_seconds"] * share
+                gap = entry["started_at"] - at  # below 0 where Ray had a process waiting before the last one died
+                kinds["lost"] += max(0.0, gap) * share
+                kinds["boot"] += (entry["boot_seconds"] + min(0.0, gap)) * share
                 kinds["load"] += entry["load_seconds"] * share
                 kinds["idle"] += entry["idle_seconds"] * share
                 kinds["unshared"] += (entry["busy_seconds"] - entry["shared_seconds"]) * share
