@@ -96,6 +96,7 @@ class Storage:
                 yield file
             except BaseException:
                 file.discard()
+                file.closed = True  # or it would upload what is left when it is collected
                 raise
             file.close()
             return

@@ -165,7 +165,7 @@ def _tile(row: dict[str, Any], decision: Decision, media: Media) -> Tile:
         negative_prompt=clamp(row["negative_prompt"] or ""),
         captions=tuple((style, clamp(text or "")) for style, text in {**captions, **decision.captions}.items()),
         scores=tuple((name, float(value)) for name, value in scores.items() if value is not None),
-        reasons=() if decision.verdict == "accepted" else tuple(clamp(reason, 200) for reason in row["reasons"] or ()),
+        reasons=tuple(clamp(text, 200) for text in (decision.reasons if decision.verdict else row["reasons"] or ())),
         tags=tuple(dict.fromkeys((*(row["tags"] or ()), *decision.tags)))[:20],
         label=decision.label,
         seed=row["seed"],

@@ -19,12 +19,13 @@ from infra.storage import Storage
 from infra.tables import Table
 from pipelines.decisions import Decision
 from pipelines.run_log import Run, read_runs, redact
+from stages.score import MEASURED
 
 VERDICTS = ("accepted", "rejected")
 SPREAD_LIMIT = 100_000
 """Histograms and throughput are drawn from at most this many samples, evenly spread over the table."""
 
-MEDIA_SCORES = frozenset(("sharpness", "brightness", "motion", "flicker", "static"))
+MEDIA_SCORES = frozenset(MEASURED)
 """Scores of ScoreMedia: a sample with any other score was seen by the judge."""
 
 AFTER_MEDIA = ("judge", "caption", "write")
@@ -195,7 +196,7 @@ class _Tally:
         self.spread: list[pa.Table] = []
 
     def add(self, start: int, batch: pa.RecordBatch) -> None:
-        verdicts, hidden = self._verdicts(batch)
+        verdicts, hidden, redecided = self._verdicts(batch)
         if self.failed:
             for sample_id in self.failed.keys() & set(batch["sample_id"].to_pylist()):
                 del self.failed[sample_id]
@@ -206,22 +207,26 @@ class _Tally:
         judged = _judged(batch["scores"])
         self.judged += int((judged & seen).sum())
         self.passed += int(((judged | (verdicts == "accepted")) & seen).sum())
-        rejected = batch.filter(pa.array(seen & (verdicts == "rejected")))
+        rejected = batch.filter(pa.array(seen & ~redecided & (verdicts == "rejected")))
         self.reasons.update(reason_kind(reason) for reason in pc.list_flatten(rejected["reasons"]).to_pylist())
         self._add_costs(batch)
         picked = np.flatnonzero(seen & ((start + np.arange(len(batch))) % self.stride == 0))
         columns = pa.table({name: batch[name] for name in ("run_id", "scores", "created_at")}).take(pa.array(picked))
         self.spread.append(columns.append_column("verdict", pa.array(verdicts[picked], pa.string())))
 
-    def _verdicts(self, batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
-        """The verdict that holds for each row, and whether it is withdrawn."""
+    def _verdicts(self, batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The verdict that holds for each row, whether it is withdrawn, and whether an annotation decided it."""
         verdicts = np.array(batch["verdict"].to_pylist(), dtype=object)
         hidden = np.zeros(len(batch), dtype=bool)
+        redecided = np.zeros(len(batch), dtype=bool)
         for row in np.flatnonzero(pc.is_in(batch["sample_id"], self.decided).to_numpy(zero_copy_only=False)):
             decision = self.decisions[batch["sample_id"][int(row)].as_py()]
-            verdicts[row] = decision.verdict or verdicts[row]
             hidden[row] = decision.withdrawn
-        return verdicts, hidden
+            if decision.verdict:
+                verdicts[row], redecided[row] = decision.verdict, True
+                if not decision.withdrawn:
+                    self.reasons.update(map(reason_kind, decision.reasons))
+        return verdicts, hidden, redecided
 
     def _add_costs(self, batch: pa.RecordBatch) -> None:
         flat = pc.list_flatten(batch["cost"])

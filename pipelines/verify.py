@@ -17,6 +17,7 @@ from infra.tables import Table, dataset_exists
 from models.noise import noise_key
 from pipelines.enumeration import Enumeration
 from pipelines.idset import IdSet
+from pipelines.release import list_releases
 
 SHOWN = 20
 
@@ -39,7 +40,7 @@ def verify(storage: Storage, run_id: str | None = None, read_media: bool = True)
     Args:
         storage: the dataset.
         run_id: read only the media of this run; the tables are always checked whole.
-        read_media: also read every media member and compare its sha256 (else: that it lies within its shard).
+        read_media: also read every media member, and every file of a release, and compare its sha256 (else: its length).
     """
     if not dataset_exists(storage):
         yield Finding("no_dataset", storage.root, "there is no dataset.json")
@@ -49,6 +50,8 @@ def verify(storage: Storage, run_id: str | None = None, read_media: bool = True)
     yield from _rows(storage)
     yield from _media(storage, run_id, read_media)
     yield from _planned(storage)
+    if run_id is None:
+        yield from _releases(storage, read_media)
 
 
 def _parts(storage: Storage) -> Iterator[Finding]:
@@ -70,11 +73,17 @@ def _parts(storage: Storage) -> Iterator[Finding]:
             lacking = [field.name for field in table.schema if field.name not in schema.names]
             if name == "samples" and lacking:
                 yield Finding("part_columns", path, f"lacks {', '.join(lacking)}")
-    live = {beat.run_id for beat in live_runs(storage) if not beat.is_stale}
-    for path in uncommitted_files(storage):
+    live = _live(storage)
+    uncommitted = uncommitted_files(storage)
+    live |= _live(storage)  # one may have begun meanwhile
+    for path in uncommitted:
         if not any(run in path for run in live):
             kind = "part_not_in_log" if path.endswith(".parquet") else "shard_not_referenced"
             yield Finding(kind, path, "no transaction refers to it; `ditmill vacuum` removes it")
+
+
+def _live(storage: Storage) -> set[str]:
+    return {beat.run_id for beat in live_runs(storage) if not beat.is_stale}
 
 
 def _duplicates(storage: Storage) -> Iterator[Finding]:
@@ -165,6 +174,26 @@ def _planned(storage: Storage) -> Iterator[Finding]:
                 first,
                 f"{missing} samples that run {row['run_id']} planned are neither rows nor failures",
             )
+
+
+def _releases(storage: Storage, read: bool) -> Iterator[Finding]:
+    """Every file of every release is as its manifest says."""
+    for made in list_releases(storage):
+        for item in made.files:
+            try:
+                if storage.size(item["path"]) == item["nbytes"] and not (
+                    read and _sha256(storage, item) != item["sha256"]
+                ):
+                    continue
+                detail = "it is not the file that was released"
+            except FileNotFoundError:
+                detail = "it is not there"
+            yield Finding("release_changed", item["path"], detail)
+
+
+def _sha256(storage: Storage, item: dict[str, Any]) -> str:
+    with storage.fs.open(storage.path(item["path"]), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def enumeration_of(storage: Storage, run: dict[str, Any]) -> Enumeration:

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load
 
-from infra.shard import build_tar, safetensors_bytes
+from infra.shard import TarWriter, build_tar, read_safetensors, safetensors_bytes
 
 MEMBERS = [
     ("b.mp4", b"x" * 1000),
@@ -95,3 +95,35 @@ def test_safetensors_bytes_refuse_what_does_not_fit(value, dtype):
 def test_safetensors_bytes_refuse_an_unknown_dtype():
     with pytest.raises(ValueError, match=r"tensor dtype: expected one of .*found 'int8'"):
         safetensors_bytes("latents", np.zeros(2, np.float32), "int8", {})
+
+
+def test_tar_writer_writes_what_build_tar_builds():
+    file = io.BytesIO()
+    tar = TarWriter(file)
+    places = {name: tar.add(name, data) for name, data in sorted(MEMBERS, key=lambda member: member[0].split(".", 1))}
+    tar.close()
+    assert (file.getvalue(), places) == build_tar(MEMBERS)
+    with pytest.raises(ValueError, match="comes twice"):
+        tar.add("a.mp4", b"")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_read_safetensors_reads_what_was_written(dtype):
+    array = np.random.default_rng(0).standard_normal((3, 2, 5)).astype(np.float32)
+    data = safetensors_bytes("latents", array, dtype, {"layout": "C T H W"})
+    expected = load(data)["latents"].float().numpy()
+    assert np.array_equal(read_safetensors(data, "latents"), expected)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"PAR1", b"\x08" + bytes(7) + b'{"a": 1}', (1 << 60).to_bytes(8, "little") + b"{}"]
+)
+def test_read_safetensors_refuses_other_files(data):
+    with pytest.raises(ValueError, match="expected a safetensors file with a float tensor latents"):
+        read_safetensors(data, "latents")
+
+
+def test_read_safetensors_refuses_a_file_that_was_cut_short():
+    data = safetensors_bytes("latents", np.ones((4, 4), np.float32), "float32", {})
+    with pytest.raises(ValueError, match="expected a safetensors file"):
+        read_safetensors(data[:-8], "latents")

@@ -83,6 +83,19 @@ def test_create_bytes_works_where_there_are_no_hard_links(tmp_path, monkeypatch)
     assert list(storage.files()) == ["dataset.json"]
 
 
+def test_writing_piece_by_piece(storage):
+    pieces = [b"a" * 10, b"b" * 6_000_000, b"c"]
+    with storage.writing("media/a.tar") as file:
+        for piece in pieces:
+            file.write(piece)
+        assert not storage.exists("media/a.tar"), "it is there once it is whole"
+    assert storage.read_bytes("media/a.tar") == b"".join(pieces)
+    with pytest.raises(KeyboardInterrupt), storage.writing("media/b.tar") as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert list(storage.files()) == ["media/a.tar"]
+
+
 def test_write_bytes_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

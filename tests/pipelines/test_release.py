@@ -23,6 +23,7 @@ from pipelines import release as releases
 from pipelines.annotate import label, rejudge, withdraw
 from pipelines.decisions import DECIDED, NONE, Decision, apply, decided, read_decisions
 from pipelines.release import list_releases, read_release, release
+from pipelines.verify import verify
 from stages.write import sidecar
 
 
@@ -289,6 +290,22 @@ def test_release_streams_parts_of_each_split(tmp_path, monkeypatch):
     assert names == [*(f"train-{at:05d}" for at in range(4)), "validation-00000"]
     assert [item["rows"] for item in made.files] == [7, 7, 7, 6, 3]
     assert len({row["sample_id"] for row in rows_of(storage, made)}) == 30
+
+
+@pytest.mark.parametrize("how", ["byte", "length", "gone"])
+def test_verify_finds_a_release_that_was_changed(generated, how):
+    storage = generated().storage
+    made = release(storage, "v1")
+    assert list(verify(storage)) == []
+    path = made.files[0]["path"]
+    data = bytearray(storage.read_bytes(path))
+    data[len(data) // 2] ^= 1
+    if how == "gone":
+        storage.delete(path)
+    else:
+        storage.write_bytes(path, bytes(data if how == "byte" else data[:-1]))
+    assert [(found.kind, found.where) for found in verify(storage)] == [("release_changed", path)]
+    assert list(verify(storage, read_media=False)) == ([] if how == "byte" else list(verify(storage)))
 
 
 # ---- packs

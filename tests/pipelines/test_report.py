@@ -82,6 +82,20 @@ def test_annotations_win_the_latest_of_them(dataset: Callable[..., Storage]) -> 
     assert SECOND not in page and "1 withdrawn sample left out" in page
 
 
+def test_reasons_are_those_of_the_verdict_that_holds(dataset: Callable[..., Storage]) -> None:
+    before = facts_of(dataset(accepted=2, rejected=1, failures=0))
+    notes = (
+        (FIRST, "verdict", "", "rejected"),
+        (FIRST, "note", "verdict", "beauty 0.1 < 0.5"),
+        (SECOND, "verdict", "", "accepted"),
+    )
+    storage = dataset(accepted=2, rejected=1, failures=0, annotations=notes)
+    assert len(before.reasons) == 1
+    assert facts_of(storage).reasons == (("beauty < 0.5", 1),)
+    page = page_of(storage)
+    assert "beauty 0.1 &lt; 0.5" in page[page.index(f'data-id="{FIRST}"') :].split("</article>")[0]
+
+
 def test_a_withdrawal_can_be_taken_back(dataset: Callable[..., Storage]) -> None:
     notes = ((FIRST, "withdrawn", "", "true"), (FIRST, "withdrawn", "", "false"))
     facts = facts_of(dataset(accepted=2, rejected=0, failures=0, annotations=notes))
