@@ -23,7 +23,7 @@ from pipelines.generate import StopRequest
 from pipelines.graph import Group, in_flight, results
 from pipelines.ledger import Ledger
 from pipelines.resolve import Resolved
-from pipelines.run import Cluster, commit_run_row
+from pipelines.run import Cluster, clean_up, commit_run_row
 from pipelines.stored import COLUMNS, StoredBatches
 from stages.annotate import Annotator, Row, WriteAnnotations
 from stages.batch import Batch, Stage, WorldFault, size
@@ -186,8 +186,11 @@ def annotate_stored(
     try:
         with beating(pulse, "annotating", lambda: asdict(job.tally), lambda: job.stop.set("stopped")):
             job.say(work(run), scope, cluster)
-    finally:
-        sweep(run.storage, run.run_id)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            sweep(run.storage, run.run_id)
+        raise
+    clean_up(run)
     tally = asdict(job.tally)
     errors = tuple(tally.pop("errors"))
     return Annotated(job.kind, run.run_id, job.annotator, **tally, errors=errors, status=job.stop.reason or "done")

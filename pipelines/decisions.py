@@ -23,6 +23,10 @@ CHANGED = ("verdict", "reasons", "judge", "rubric", "scores", "caption", "captio
 """Columns that a decision may change."""
 
 
+_EMPTY: dict[str, Any] = {}
+"""Shared by the decisions that have none: there may be millions."""
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What the annotations say of one sample; what is empty leaves the sample's own."""
@@ -33,11 +37,11 @@ class Decision:
     """Of the verdict."""
     reasons: tuple[str, ...] = ()
     """Of the verdict."""
-    captions: Mapping[str, str] = field(default_factory=dict)
+    captions: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
     """Style -> text."""
-    captioned_by: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    captioned_by: Mapping[str, tuple[str, str]] = field(default_factory=lambda: _EMPTY)
     """Style -> captioner and its settings."""
-    scores: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=lambda: _EMPTY)
     tags: tuple[str, ...] = ()
     label: str = ""
     withdrawn: bool = False
@@ -73,7 +77,7 @@ def read_decisions(storage: Storage, until: int | None = None) -> dict[str, Deci
             one["tags"] = tuple(dict.fromkeys((*one.get("tags", ()), value)))
         elif kind == "withdrawn":
             one["withdrawn"] = value.lower() not in UNDONE
-    return {sample_id: Decision(**one) for sample_id, one in said.items()}
+    return {sample_id: Decision(**said.pop(sample_id)) for sample_id in list(said)}
 
 
 def read_scores(storage: Storage, annotator: str, asked: str) -> dict[str, dict[str, float]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from infra.commit import Committer
 from infra.control import live_runs, uncommitted_files
 from infra.errors import UserError
 from infra.storage import Storage
@@ -177,6 +178,22 @@ def test_rejudge_by_other_bounds_of_score_media(generated):
     slow = {at for at, value in motion.items() if value < bar}
     assert slow == {at for at, one in decisions.items() if one.reasons and one.reasons[0].startswith("motion ")}
     assert all(decisions[at].verdict == "rejected" for at in slow)
+
+
+def test_rejudge_that_is_cut_short_leaves_nothing_half_said_and_goes_on(generated, monkeypatch):
+    run = generated(judge={"thresholds": {"prompt_match": 1.0}})
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Committer, "commit", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            rejudge(run, no_cluster)
+    assert annotations(run.storage) == []
+    assert rejudge(run, no_cluster).rejected == 6
+    assert uncommitted_files(run.storage) == []
+    assert live_runs(run.storage) == []
 
 
 def test_rejudge_in_a_scope(generated):
