@@ -42,9 +42,6 @@ def main() -> None:
     except UserError as error:
         print(f"ditmill: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("ditmill: interrupted; run the same command again to resume", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 @app.command()
@@ -121,7 +118,11 @@ def run(
 def _run(spec: Spec, as_json: bool, retry_failed: bool) -> None:
     from flows.session import run_flow
 
-    code = run_flow(spec, as_json=as_json, retry_failed=retry_failed)
+    try:
+        code = run_flow(spec, as_json=as_json, retry_failed=retry_failed)
+    except KeyboardInterrupt:
+        print("ditmill: interrupted; run the same command again to resume", file=sys.stderr)
+        raise SystemExit(130) from None
     if code:
         raise SystemExit(code)
 

@@ -176,7 +176,8 @@ def generate(
     status = stop.reason or ("reached" if run.target_reached() else "exhausted")
     return Outcome(
         status,
-        batches.planned_through,
+        # The first batch was taken before anything was started.
+        batches.planned_through if progress.launched else 0,
         progress,
         ledger.allocated(ended),
         ledger.overhead(ended, rows_cost(job.storage, job.run_id)),
@@ -226,17 +227,19 @@ class _Run:
 
         Those that did not come out, most of them because they killed their worker, and whether the graph broke.
         WorldFault if nothing came out of a graph that broke, or if more batches are lost than come out.
-        `to_the_end`: whatever asks for an end, take all of them.
+        `to_the_end`: whatever asks for an end, take all of them; a graph that breaks is then always a WorldFault.
         """
+        if not to_the_end and (self.stop.reason or self.target_reached()):
+            return [], False
         first = next(batches, None)
         if first is None:
             return [], False
-        batches = _chain(first, batches)
         came = self._came
         feeder = Feeder(at_once)
         context = {"run_id": self.job.run_id}
         try:
             with contextlib.closing(results(feeder, groups, context, time.time())) as out:
+                self._put(feeder, first)
                 self._feed(feeder, batches, to_the_end)
                 for batch in out:
                     self._take(feeder, batch)
@@ -246,7 +249,7 @@ class _Run:
                     self._feed(feeder, batches, to_the_end)
         except GraphBroke as fault:
             self._save()
-            if self._came == came:
+            if self._came == came or to_the_end:
                 raise
             log().warning("the graph broke and is started again", error=str(fault))
             return feeder.unfinished(), True
@@ -277,8 +280,11 @@ class _Run:
             if batch is None:
                 feeder.close()
                 return
-            feeder.put(batch)
-            self.progress.launched += size(batch)
+            self._put(feeder, batch)
+
+    def _put(self, feeder: Feeder, batch: Batch) -> None:
+        feeder.put(batch)
+        self.progress.launched += size(batch)
 
     def _enough_under_way(self, samples: int) -> bool:
         """Whether what is in flight will probably reach the target."""
