@@ -122,6 +122,9 @@ def worker_env(threads: int) -> dict[str, str]:
         "MKL_CBWR": "AUTO,STRICT",
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
+        # glibc hands memory back that the next denoising step asks for again: 4% of a small model's time on a CPU.
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     }
 
 
