@@ -45,7 +45,7 @@ def prefect_session() -> Iterator[None]:
         "PREFECT_API_URL": f"http://127.0.0.1:{listening.getsockname()[1]}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_ENABLED": "false",
-        "PREFECT__SERVER_WEBSERVER_ONLY": "1",  # what it keeps ends with the run: schedules, triggers and vacuums are idle work
+        "PREFECT__SERVER_WEBSERVER_ONLY": "1",  # what it keeps ends with the run
         "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "CRITICAL"),
         "DO_NOT_TRACK": "1",
     }
