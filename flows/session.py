@@ -26,7 +26,8 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
     from pipelines.differences import difference
     from pipelines.graph import worker_env
     from pipelines.resolve import resolve_spec
-    from pipelines.run import check_dataset
+    from pipelines.run import check_dataset, open_dataset
+    from stages.batch import WorldFault
 
     configure()
     shown = Console(as_json)
@@ -47,6 +48,7 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
             shown.say(
                 f"licence: may outputs of {model} train other models? {licence.may_train}: {licence.name}, {licence.why}"
             )
+    open_dataset(resolved)  # what cannot be written is told before anything is started
     env = worker_env(spec.layout.threads)
     limits: dict[str, float] = dict(spec.compute.limits)  # type: ignore[arg-type]
     with (
@@ -61,9 +63,13 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
         try:
             synthesize(json.loads(resolved.spec.model_dump_json()), retry_failed=retry_failed)
         except Exception as error:
-            if shown.result is None:
+            if shown.result is not None:
+                shown.say(f"done, but Prefect could not be told ({type(error).__name__}: {error})")
+            elif isinstance(error, WorldFault):
+                print(f"ditmill: the run failed: {error}; run the same command again to resume", file=sys.stderr)
+                return 1
+            else:
                 raise
-            shown.say(f"done, but Prefect could not be told ({type(error).__name__}: {error})")
     if not as_json:
         print(f"  next      {REAL_CHECKPOINT}")
     return 1 if shown.result is None or shown.result["verify"] else 0

@@ -18,6 +18,7 @@ from flows.console import Console, current_console
 from flows.stopping import stopping
 from infra.errors import UserError
 from infra.ray_session import ray_session
+from infra.storage import writing
 from infra.telemetry import log
 from pipelines.dedup import RecordReport
 from pipelines.enumeration import Enumeration
@@ -94,7 +95,8 @@ def expand_prompts(run: Run) -> None:
     """Prompts, committed."""
     open_dataset(run.resolved)
     try:
-        run.enumeration, run.records = expand(run.resolved, run.expand_groups)
+        with writing(run.resolved.storage.root):
+            run.enumeration, run.records = expand(run.resolved, run.expand_groups)
     except Exception:
         run.abandon()
         raise
@@ -118,9 +120,10 @@ def generate_samples(run: Run) -> None:
             share((progress.before_done + progress.done) / max(1, progress.total))
 
         try:
-            run.outcome = make_samples(
-                run.resolved, run.enumeration, run.sample_groups, run.stop, show, retry_failed=run.retry_failed
-            )
+            with writing(run.resolved.storage.root):
+                run.outcome = make_samples(
+                    run.resolved, run.enumeration, run.sample_groups, run.stop, show, retry_failed=run.retry_failed
+                )
         except Exception:
             run.abandon()
             raise
@@ -142,8 +145,9 @@ def publish(run: Run) -> None:
 
     storage, outcome = run.resolved.storage, run.outcome
     assert outcome is not None
-    write_card(storage)
-    run.published = build_report(storage)
+    with writing(storage.root):
+        write_card(storage)
+        run.published = build_report(storage)
     counts = {
         "accepted": outcome.progress.accepted,
         "rejected": outcome.progress.rejected,

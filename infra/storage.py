@@ -7,6 +7,7 @@ exists is whole; object stores give the same by themselves.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import posixpath
 import re
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 CREATE_ATTEMPTS = 5
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+"""What a disk says that is full, or that will not be written by this user."""
 
 
 @contextmanager
@@ -40,6 +43,25 @@ def reaching(root: str) -> Iterator[None]:
             f"output.uri: {root} cannot be reached ({type(error).__name__}: {said[:300]}); check the name, the credentials"
             " in the environment and output.storage"
         ) from error
+
+
+@contextmanager
+def writing(root: str) -> Iterator[None]:
+    """Tell a user whose storage is full, or may not be written, so in one line. Trying again would not help."""
+    try:
+        yield
+    except Exception as error:
+        if (said := refused(error)) is None:
+            raise
+        raise UserError(f"output.uri: {root} cannot be written ({said}); free space or choose another place") from error
+
+
+def refused(error: Exception) -> str | None:
+    """What `error` says, if it says that the storage refuses to be written. Delta's errors give the number as text."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found.group(1))
+    return os.strerror(number) if number in REFUSED else None
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,13 @@ def _check(path: Path, part: str, uri: str, key: str) -> None:
             raise UserError(f"{key}: {uri} is a file; expected a checkpoint folder with {_INDEX[part]}")
         if path.suffix != ".safetensors":
             raise UserError(f"{key}: {uri} is not a .safetensors file; no other format of weights is read")
+        if not _is_whole(path):
+            raise UserError(f"{key}: {uri} is damaged or cut short; fetch it again")
         return
     names = [file.name for file in path.rglob("*") if file.is_file()]
+    for file in _loaded_files(path):
+        if file.suffix == ".safetensors" and not _is_whole(file):
+            raise UserError(f"{key}: {uri}: {file.relative_to(path)} is damaged or cut short; fetch it again")
     if not any(name.endswith(".safetensors") for name in names):
         if any(name.endswith(PICKLES) for name in names):
             raise UserError(
@@ -131,6 +136,21 @@ def _check(path: Path, part: str, uri: str, key: str) -> None:
     index = _INDEX.get(part)
     if index and not (path / index).is_file():
         raise UserError(f"{key}: {uri} has no {index}; give the folder that holds it")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a safetensors file has the header of one and all the bytes that it speaks of."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > size - 8:
+            return False
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+            return False
+    return bool(size == 8 + length + max(ends, default=0))
 
 
 def _from_hub(uri: str, key: str, revision: str | None) -> Path:

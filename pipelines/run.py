@@ -18,6 +18,7 @@ from infra.commit import Committer, write_part
 from infra.control import Pulse, beating, sweep, sweep_stale
 from infra.errors import UserError
 from infra.schema import RUNS, SCHEMA_VERSION
+from infra.storage import reaching, writing
 from infra.tables import Table, dataset_exists, read_dataset_json
 from infra.telemetry import log
 from pipelines.dedup import RecordReport
@@ -52,13 +53,9 @@ def open_dataset(run: Resolved) -> None:
         "ditmill": code_version(),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    try:
+    with reaching(redact(run.storage.root)), writing(redact(run.storage.root)):
         if run.storage.create_bytes("dataset.json", json.dumps(wanted, indent=2).encode()):
             return
-    except OSError as error:
-        raise UserError(
-            f"output.uri: {redact(run.storage.root)} cannot be written ({error.strerror or error}); choose another place"
-        ) from error
     check_dataset(run)
 
 

@@ -6,7 +6,6 @@ one row (its pickled columns, tensors out of band), because Ray Data re-cuts blo
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pickle
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.errors import UserError
+from infra.storage import refused
 from infra.telemetry import configure, log
 from stages.batch import Batch, SampleError, Stage, WorldFault, size, take, texts
 
@@ -240,14 +240,8 @@ def _fault(error: Exception) -> str:
     """What the driver is told: a user's mistake in its own words, anything else with its type."""
     if isinstance(error, UserError):
         return f"user: {error}"
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EDQUOT,
-    ):
-        return f"user: output.uri: cannot be written ({error}); free space or choose another place"
+    if isinstance(error, OSError) and (said := refused(error)):
+        return f"user: output.uri: cannot be written ({said}: {error.filename}); free space or choose another place"
     return f"world: {type(error).__name__}: {error}"
 
 
