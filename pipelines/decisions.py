@@ -92,6 +92,16 @@ def read_scores(storage: Storage, annotator: str, asked: str) -> dict[str, dict[
     return found
 
 
+def count_accepted(storage: Storage) -> int:
+    """Samples that are accepted now, by their own verdict or a later one, and not withdrawn."""
+    decisions = read_decisions(storage)
+    samples = Table(storage, "samples")
+    if not decisions:
+        return int(samples.dataset().count_rows(filter=pc.field("verdict") == "accepted"))
+    found = (apply(batch, decisions).column("verdict") for batch in samples.batches(["sample_id", "verdict"]))
+    return sum(pc.sum(pc.equal(verdicts, "accepted")).as_py() or 0 for verdicts in found)
+
+
 def apply(batch: pa.RecordBatch, decisions: Mapping[str, Decision]) -> pa.RecordBatch:
     """Rows of `samples` with their decisions applied and without what is withdrawn.
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from infra.tables import Table, dataset_exists
+from pipelines.decisions import count_accepted
 from pipelines.dedup import RecordReport
 from pipelines.identity import sample_ids
 from pipelines.idset import IdSet
@@ -99,7 +99,7 @@ def difference(run: Resolved, report: RecordReport | None = None) -> Difference:
         new += int(np.count_nonzero(~(made | broken)))
         if limit is not None and planned >= limit:
             break
-    accepted = samples.dataset().count_rows(filter=pc.field("verdict") == "accepted")
+    accepted = count_accepted(run.storage)
     wanted = run.spec.target.accepted
     return Difference(
         exists=exists,

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from infra.commit import Committer, Part, write_part
 from infra.control import Pulse, beating
@@ -26,6 +25,7 @@ from infra.schema import FAILURES
 from infra.storage import Storage
 from infra.tables import Table
 from infra.telemetry import log
+from pipelines.decisions import count_accepted
 from pipelines.enumeration import Batches, Enumeration
 from pipelines.feed import Feeder
 from pipelines.graph import GraphBroke, Group, in_flight, results
@@ -150,7 +150,7 @@ def generate(
     progress = Progress(total=len(job.enumeration))
     samples = Table(job.storage, "samples")
     done = IdSet(batch.column("sample_id") for batch in samples.batches(["sample_id"]))
-    progress.before_accepted = samples.dataset().count_rows(filter=pc.field("verdict") == "accepted")
+    progress.before_accepted = count_accepted(job.storage)
     failed, attempts = _failures(job)
     progress.before_done = len(done) + len(failed)
     limit = job.target.samples

@@ -10,19 +10,22 @@ import pyarrow.compute as pc
 from infra.control import live_runs
 from infra.storage import Storage
 from infra.tables import Table, read_dataset_json
+from pipelines.decisions import count_accepted
 
 
 def dataset_status(storage: Storage) -> dict[str, Any]:
     """Counts of the tables, live runs with their progress, and the last run that ended."""
     samples = Table(storage, "samples").dataset()
-    ended = Table(storage, "runs").read(None, pc.field("event") == "ended").to_pylist()
+    ended = (
+        Table(storage, "runs").read(None, (pc.field("event") == "ended") & pc.field("plan_file").is_valid()).to_pylist()
+    )
     last = max(ended, key=lambda row: row["created_at"], default=None)
     now = time.time()
     return {
         "dataset": storage.root,
         "name": read_dataset_json(storage)["name"],
         "samples": samples.count_rows(),
-        "accepted": samples.count_rows(filter=pc.field("verdict") == "accepted"),
+        "accepted": count_accepted(storage),
         "failures": Table(storage, "failures").dataset().count_rows(),
         "prompts": Table(storage, "prompts").dataset().count_rows(),
         "annotations": Table(storage, "annotations").dataset().count_rows(),

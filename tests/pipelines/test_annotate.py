@@ -15,7 +15,7 @@ from infra.errors import UserError
 from infra.storage import Storage
 from infra.tables import Table
 from pipelines.annotate import label, recaption, rejudge, restore, withdraw
-from pipelines.decisions import read_decisions
+from pipelines.decisions import count_accepted, read_decisions
 from pipelines.verify import verify
 
 
@@ -218,6 +218,18 @@ def test_rejudge_skips_what_is_stored_too_little_of(generated):
     done = rejudge(run, no_cluster, scope="rejected")
     assert (done.samples, done.skipped) == (0, 2)
     assert "2 skipped" in str(done)
+
+
+def test_what_is_accepted_counts_as_decided(generated):
+    """A run's target is about samples that a release would hold, not about first verdicts."""
+    run = generated(judge={"thresholds": {"prompt_match": 1.0}})
+    assert count_accepted(run.storage) == 4
+    accepted = [row["sample_id"] for row in samples(run.storage) if row["verdict"] == "accepted"]
+    withdraw(run.storage, accepted[:1])
+    assert count_accepted(run.storage) == 3
+    restore(run.storage, accepted[:1])
+    rejudge(run, no_cluster)
+    assert count_accepted(run.storage) == 0
 
 
 def test_rejudge_without_a_judge_is_for_score_media_alone(generated):
