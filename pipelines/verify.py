@@ -58,6 +58,7 @@ def _parts(storage: Storage) -> Iterator[Finding]:
     """Parts in the log exist, are whole, and have the table's columns; files outside the log belong to a live run."""
     import pyarrow.parquet as pq
 
+    whole = True
     for name in TABLES:
         table = Table(storage, name)
         for path in table.files():
@@ -65,14 +66,18 @@ def _parts(storage: Storage) -> Iterator[Finding]:
                 with storage.fs.open(storage.path(path), "rb") as file:
                     schema = pq.ParquetFile(file).schema_arrow
             except FileNotFoundError:
+                whole = False
                 yield Finding("part_missing", path, "the log names it and it is not there")
                 continue
             except Exception as error:
+                whole = False
                 yield Finding("part_broken", path, f"cannot be read as Parquet: {error}")
                 continue
             lacking = [field.name for field in table.schema if field.name not in schema.names]
             if name == "samples" and lacking:
                 yield Finding("part_columns", path, f"lacks {', '.join(lacking)}")
+    if not whole:
+        return  # what a part that is lost referred to cannot be known
     live = _live(storage)
     uncommitted = uncommitted_files(storage)
     live |= _live(storage)  # one may have begun meanwhile
