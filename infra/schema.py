@@ -149,7 +149,7 @@ PROMPTS = pa.schema(
 ANNOTATIONS = pa.schema(
     [
         ("sample_id", pa.string()),
-        ("kind", pa.string()),  # score, verdict, caption, label, tag, withdrawn
+        ("kind", pa.string()),  # score, verdict, caption, label, tag, withdrawn, note
         ("name", pa.string()),  # which score, caption style or label
         ("value", pa.string()),
         ("annotator", pa.string()),
