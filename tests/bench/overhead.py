@@ -135,8 +135,8 @@ def _spec(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _job(folder: Path, arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What the plain loop is told: the same models, sizes, texts and noise."""
-    from pipelines.spec import parse_spec
     from models.source import resolve
+    from pipelines.spec import parse_spec
     from stages.caption import INSTRUCTIONS
     from stages.rubric import load_rubric
 
