@@ -88,9 +88,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> tuple[Share, Share, 
     if loop.returncode:
         raise SystemExit(f"the plain loop ended with {loop.returncode}")
     said = json.loads(loop.stdout)
-    same = sum(
-        ours["media"][0]["sha256"] == theirs["sha256"] for ours, theirs in zip(rows, said["rows"], strict=True)
-    )
+    same = sum(ours["media"][0]["sha256"] == theirs["sha256"] for ours, theirs in zip(rows, said["rows"], strict=True))
     return _our_share(run, storage), _share(loop, {}, said["loaded"], said["ended"]), same
 
 
@@ -171,7 +169,9 @@ def _prompts(count: int) -> list[str]:
 
 def _table(found: dict[str, Any]) -> str:
     samples = found["samples"]
-    lines = [f"{samples} samples of pack://tiny (random weights); {found['same_clips']} clips have the same bytes in both"]
+    lines = [
+        f"{samples} samples of pack://tiny (random weights); {found['same_clips']} clips have the same bytes in both"
+    ]
     lines.append(f"{'':34}{'ditmill run':>14}{'plain loop':>14}{'ratio':>8}")
     for name, key, digits, each in (
         ("CPU-seconds a sample", "steady", 4, samples),
@@ -182,9 +182,10 @@ def _table(found: dict[str, Any]) -> str:
         ours, theirs = found["ours"][key] / each, found["baseline"][key] / each
         ratio = f"{ours / theirs:8.2f}" if key in ("steady", "wall") else ""
         lines.append(f"{name:34}{ours:14.{digits}f}{theirs:14.{digits}f}{ratio}")
-    lines.append("ours, CPU-seconds between start-up and closing: " + ", ".join(
-        f"{kind} {seconds:.1f}" for kind, seconds in found["ours"]["by_kind"].items() if seconds >= 0.05
-    ))
+    lines.append(
+        "ours, CPU-seconds between start-up and closing: "
+        + ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in found["ours"]["by_kind"].items() if seconds >= 0.05)
+    )
     met = found["cpu_ratio"] <= found["target"]
     lines.append(f"target: at most {found['target']:.2f}x CPU-seconds a sample: {'met' if met else 'MISSED'}")
     return "\n".join(lines)

@@ -156,7 +156,9 @@ def mp4(clip: np.ndarray, fps: float) -> bytes:
     buffer = io.BytesIO()
     reformatter = VideoReformatter()
     options = {"movflags": "+faststart"}
-    with av.open(buffer, "w", format="mp4", options=options, io_open=lambda *_: io.BytesIO(buffer.getvalue())) as container:
+    with av.open(
+        buffer, "w", format="mp4", options=options, io_open=lambda *_: io.BytesIO(buffer.getvalue())
+    ) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = clip.shape[2], clip.shape[1], "yuv420p"
         stream.options = {"crf": "18", "preset": "medium", "x264-params": "cpu-independent=1"}
