@@ -15,8 +15,9 @@ from models.pack.grammar import Shape
 
 Array = np.ndarray
 
-RING = 1 / sqrt(0.75)
-"""Outer radius of a ring whose hole is half as wide."""
+HOLE = 0.4
+RING = 1 / sqrt(1 - HOLE**2)
+"""Outer radius; that of the hole is HOLE times as large."""
 SQUARE = sqrt(pi) / 2
 """Half a side."""
 TRIANGLE = sqrt(4 * pi / (3 * sqrt(3)))
@@ -51,7 +52,7 @@ def _circle(x: Array, y: Array, r: Array) -> Array:
 
 
 def _ring(x: Array, y: Array, r: Array) -> Array:
-    return np.abs(np.sqrt(x * x + y * y) - (0.75 * RING) * r) - (0.25 * RING) * r
+    return np.abs(np.sqrt(x * x + y * y) - (RING * (1 + HOLE) / 2) * r) - (RING * (1 - HOLE) / 2) * r
 
 
 def _square(x: Array, y: Array, r: Array) -> Array:

@@ -18,10 +18,8 @@ from models.pack.grammar import ATTRIBUTES, RESIZED, SHAPES, SIZES, Figure, Moti
 from models.pack.sight import Seen, UnreadableError, look
 from models.pack.world import FRAME, RADII
 
-LIKENESS = 0.80
+LIKENESS = 0.82
 """Least overlap of a mask with the outline it is read as: 1 - |mask - outline| / (mask + outline)."""
-LEAD = 0.01
-"""How much more the best outline overlaps than the next."""
 SOFTNESS = (0.0, 0.8, 1.2)
 """Blurs, in pixels, that a clip may have been through."""
 SHAPE_FRAMES = 6
@@ -33,9 +31,9 @@ GREW = 1.5
 """From the first frame to the last, a growing figure's radius changes by at least this factor."""
 KEPT = 1.25
 """And that of all others by at most this one."""
-MOVED = 6.0
+MOVED = 5.0
 """Pixels from the first frame to the last that a moving figure gets at least."""
-STAYED = 3.0
+STAYED = 2.5
 """And all others at most."""
 STEADY = 1.6
 """Greatest root mean square distance, in pixels, from a straight and even motion."""
@@ -45,8 +43,10 @@ TURNED = np.radians(5.0)
 """Turn from frame to frame of a figure that spins, at least."""
 UPRIGHT = np.radians(2.5)
 """And of all others, at most."""
-SWING = 4.0
-"""Pixels up and down that a bouncing figure gets at least, and turning points count only if this far apart."""
+SWING = 2.0
+"""Pixels on both sides of a turning point, at least."""
+BOUNCED = 5.0
+"""Pixels between the highest and the lowest point of a bouncing figure, at least."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ def _agree(name: str, seen: Figure, wanted: Figure) -> bool:
 
 
 def _figure(seen: Seen, moving: bool) -> Figure:
-    shape = _shape(seen)
-    motion = _motion(seen, shape) if moving else None
+    turns = _turns(seen)
+    shape = _shape(seen, turns)
+    motion = _motion(seen, shape, turns) if moving else None
     size = None if motion in RESIZED else _size(float(np.median(np.sqrt(seen.area / pi))))
     return Figure(shape, seen.colour, size, motion)
 
@@ -124,69 +125,59 @@ def _size(radius: float) -> Size | None:
     return best if RADIUS_RANGE[0] <= radius / RADII[best] <= RADIUS_RANGE[1] else None
 
 
-def _shape(seen: Seen) -> Shape | None:
-    """The outline that overlaps the masks best, if it does well and better than any other."""
-    score = likeness(seen)
-    first, second = sorted(SHAPES, key=lambda shape: -score[shape])[:2]
-    good = score[first] >= LIKENESS and score[first] - score[second] >= LEAD
-    return first if good else None
+def _shape(seen: Seen, turns: dict[Shape, Array]) -> Shape | None:
+    """The outline that overlaps the masks best, if it does well."""
+    score = likeness(seen, turns)
+    best = max(SHAPES, key=lambda shape: score[shape])
+    return best if score[best] >= LIKENESS else None
 
 
-def likeness(seen: Seen) -> dict[Shape, float]:
+def likeness(seen: Seen, turns: dict[Shape, Array]) -> dict[Shape, float]:
     """How well a figure's masks overlap each outline, 0..1: the mean over some frames, at the best of a few blurs."""
     import cv2
 
     chosen = np.unique(np.linspace(0, len(seen.x) - 1, SHAPE_FRAMES).round().astype(int))
-    r = np.sqrt(seen.area[chosen] / pi)
-    reach = 1.8 * r.max() + 2
-    left, right = _window(seen.x[chosen], reach)
-    top, bottom = _window(seen.y[chosen], reach)
-    masks = np.clip(seen.masks[chosen, top:bottom, left:right], 0, 1)
-    x = (np.arange(left, right) + 0.5)[None, None, :] - seen.x[chosen, None, None]
-    y = (np.arange(top, bottom) + 0.5)[None, :, None] - seen.y[chosen, None, None]
+    r = np.sqrt(seen.area[chosen] / pi)[:, None, None]
+    masks = np.clip(seen.masks[chosen], 0, 1)
     scores: dict[Shape, float] = {}
     for shape in SHAPES:
-        angle = _turns(seen, shape)[chosen]
-        outlines = coverage(shape, x, y, r[:, None, None], angle[:, None, None]).astype(np.float32)
-        best = 0.0
+        outlines = coverage(shape, seen.across[chosen], seen.along[chosen], r, turns[shape][chosen][:, None, None])
+        channels = np.ascontiguousarray(outlines.transpose(1, 2, 0))
+        scores[shape] = 0.0
         for blur in SOFTNESS:
-            soft = outlines if blur == 0 else np.stack([cv2.GaussianBlur(each, (0, 0), blur) for each in outlines])
+            soft = cv2.GaussianBlur(channels, (0, 0), blur).reshape(channels.shape) if blur else channels
+            soft = soft.transpose(2, 0, 1)
             off = np.abs(masks - soft).sum(axis=(1, 2)) / (masks + soft).sum(axis=(1, 2))
-            best = max(best, 1 - float(off.mean()))
-        scores[shape] = best
+            scores[shape] = max(scores[shape], 1 - float(off.mean()))
     return scores
 
 
-def _window(centres: Array, reach: float) -> tuple[int, int]:
-    return max(0, int(centres.min() - reach)), min(FRAME, int(centres.max() + reach) + 1)
+def _turns(seen: Seen) -> dict[Shape, Array]:
+    """How far a figure has turned in each frame, in radians, [n], were it of this shape: up to the shape's fold."""
+    turns = {shape: np.zeros(len(seen.x)) for shape in SHAPES}
+    for fold in {outline.fold for outline in OUTLINES.values()} - {0}:
+        phase = np.angle(_harmonic(seen.masks, seen.across, seen.along, fold))
+        turns |= {shape: (phase - _upright(shape)) / fold for shape in SHAPES if OUTLINES[shape].fold == fold}
+    return turns
 
 
-def _turns(seen: Seen, shape: Shape) -> Array:
-    """How far a figure has turned in each frame if it is of this shape, in radians, [n]; up to a fold."""
-    fold = OUTLINES[shape].fold
-    if fold == 0:
-        return np.zeros(len(seen.x))
-    return (np.angle(_harmonic(seen.masks, seen.x, seen.y, fold)) - _upright(shape)) / fold
-
-
-def _harmonic(masks: Array, x: Array, y: Array, fold: int) -> Array:
+def _harmonic(masks: Array, across: Array, along: Array, fold: int) -> Array:
     """Sum over a mask of distance^2 e^(i fold angle) from its centroid: its phase turns `fold` times as fast."""
-    centres = np.arange(FRAME) + 0.5
-    place = (centres[None, None, :] - x[:, None, None]) + 1j * (centres[None, :, None] - y[:, None, None])
-    distance = np.abs(place)
-    return (masks * distance**2 * (place / np.maximum(distance, 1e-6)) ** fold).sum(axis=(1, 2))
+    place = across + 1j * along
+    weight = masks * np.maximum(across**2 + along**2, 1e-6) ** (1 - fold / 2)
+    return (weight * place**fold).sum(axis=(1, 2))
 
 
 @cache
 def _upright(shape: Shape) -> float:
     """Phase of the harmonic of an upright figure."""
-    middle = np.full(1, FRAME / 2)
     centres = np.arange(FRAME) + 0.5 - FRAME / 2
-    mask = coverage(shape, centres[None, None, :], centres[None, :, None], np.full((1, 1, 1), 12.0), np.zeros(1))
-    return float(np.angle(_harmonic(mask, middle, middle, OUTLINES[shape].fold))[0])
+    across, along = centres[None, None, :], centres[None, :, None]
+    mask = coverage(shape, across, along, np.full((1, 1, 1), 12.0), np.zeros(1))
+    return float(np.angle(_harmonic(mask, across, along, OUTLINES[shape].fold))[0])
 
 
-def _motion(seen: Seen, shape: Shape | None) -> Motion | None:
+def _motion(seen: Seen, shape: Shape | None, turns: dict[Shape, Array]) -> Motion | None:
     """The motion, None if there are several at once, or none that is steady."""
     x, y, time = seen.x, seen.y, seen.time
     found: list[Motion] = []
@@ -195,7 +186,7 @@ def _motion(seen: Seen, shape: Shape | None) -> Motion | None:
         found.append("growing" if grown > 0 else "shrinking")
     elif abs(grown) > log(KEPT):
         return None
-    swing = _swings(y)
+    swing = _swings(y) and np.ptp(y) >= BOUNCED
     if swing:
         found.append("bouncing")
     across, along = _change(time, x), _change(time, y)
@@ -206,7 +197,7 @@ def _motion(seen: Seen, shape: Shape | None) -> Motion | None:
     elif abs(across) > STAYED or (not swing and (abs(along) > STAYED or np.ptp(x) > MOVED or np.ptp(y) > MOVED)):
         return None
     if shape is not None and (fold := OUTLINES[shape].fold):
-        phase = np.unwrap(fold * _turns(seen, shape))
+        phase = np.unwrap(fold * turns[shape])
         turn = abs(_change(time, phase)) / fold / max(time[-1] - time[0], 1)
         if turn >= TURNED:
             found.append("spinning")

@@ -21,12 +21,12 @@ NUM_FRAMES = 17
 FPS = 8
 
 PALETTE: dict[str, tuple[int, int, int]] = {
-    "red": (222, 45, 40),
-    "orange": (245, 140, 35),
-    "yellow": (250, 215, 60),
-    "green": (45, 165, 75),
-    "blue": (40, 90, 225),
-    "purple": (170, 60, 190),
+    "red": (210, 35, 40),
+    "orange": (242, 128, 25),
+    "yellow": (252, 220, 60),
+    "green": (25, 145, 60),
+    "blue": (30, 70, 215),
+    "purple": (165, 50, 205),
     "white": (245, 245, 245),
     "black": (18, 18, 18),
     "grey": (128, 128, 128),
@@ -172,6 +172,8 @@ def _tracks(clip: int, scene: Scene, num_frames: int, rng: np.random.Generator) 
                 x, y = (axis * (low + travel * (high - low)) * time for axis in STEP[figure.motion])
             elif figure.motion == "bouncing":
                 low, high = BOUNCE_HEIGHT
+                # In a short shot the ground comes in the middle, so that both ways are seen.
+                phase = phase if length >= SHORT else 0.35 + 0.25 * phase
                 swing = (np.arange(length) / BOUNCE_FRAMES + phase) % 1.0
                 y = -(low + height * (high - low)) * (1 - (2 * swing - 1) ** 2)
             elif figure.motion == "spinning":
