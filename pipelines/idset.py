@@ -9,31 +9,54 @@ import pyarrow as pa
 
 
 class IdSet:
-    """Membership by binary search over sorted 16-byte keys."""
+    """Membership by binary search over the sorted first halves of the ids; the second halves settle it."""
 
     def __init__(self, columns: Iterable[pa.Array]) -> None:
-        parts = [_keys(column) for column in columns]
-        self._keys = np.unique(np.concatenate(parts)) if parts else np.empty(0, _DTYPE)
+        parts = [_halves(column) for column in columns]
+        keys = np.concatenate(parts) if parts else np.empty((0, 2), np.uint64)
+        del parts
+        first, second = keys[:, 0].copy(), keys[:, 1].copy()
+        del keys
+        # Sorting by the first halves is five times quicker than by both, and nearly always enough.
+        order = np.argsort(first)
+        first, second = first[order], second[order]
+        if (first[1:] == first[:-1]).any():
+            order = np.lexsort((second, first))
+            first, second = first[order], second[order]
+            new = np.ones(len(first), bool)
+            new[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
+            first, second = first[new], second[new]
+        self._first, self._second = first, second
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._first)
 
     def contains(self, ids: Sequence[str]) -> np.ndarray:
         """Boolean array: which of `ids` are in the set."""
-        if len(self._keys) == 0 or len(ids) == 0:
+        if len(self) == 0 or len(ids) == 0:
             return np.zeros(len(ids), bool)
-        wanted = _keys(pa.array(ids, pa.string()))
-        at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
-        return self._keys[at] == wanted
+        first, second = _halves(pa.array(ids, pa.string())).T
+        order = np.argsort(first)  # neighbours in memory are looked for one after the other
+        first, second = first[order], second[order]
+        at = np.searchsorted(self._first, first)
+        found = np.zeros(len(ids), bool)
+        look = np.flatnonzero(at < len(self))
+        while len(look):
+            look = look[self._first[at[look]] == first[look]]
+            same = self._second[at[look]] == second[look]
+            found[order[look[same]]] = True
+            look = look[~same]  # two ids that share a first half
+            at[look] += 1
+            look = look[at[look] < len(self)]
+        return found
 
 
-_DTYPE = np.dtype("S16")
-
-
-def _keys(column: pa.Array) -> np.ndarray:
-    """The 16 bytes that each id names; Arrow keeps the digits of all ids in one run."""
+def _halves(column: pa.Array) -> np.ndarray:
+    """The two 64-bit halves of each id, uint64 [n, 2]; Arrow keeps the digits of all ids in one run."""
     if len(column) == 0:
-        return np.empty(0, _DTYPE)
-    _, _, digits = column.cast(pa.string()).buffers()
-    start = 32 * column.offset
-    return np.frombuffer(bytes.fromhex(bytes(digits[start : start + 32 * len(column)]).decode("ascii")), _DTYPE)
+        return np.empty((0, 2), np.uint64)
+    column = column.cast(pa.string())
+    _, offsets, digits = column.buffers()
+    start = int(np.frombuffer(offsets, np.int32)[column.offset])
+    raw = bytes.fromhex(bytes(digits[start : start + 32 * len(column)]).decode("ascii"))
+    return np.frombuffer(raw, np.dtype(">u8")).astype(np.uint64).reshape(-1, 2)
