@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,13 +44,25 @@ def two_raylets() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def prefect_url() -> Iterator[str]:
-    """URL of the API of a Prefect server that outlives the runs."""
-    from infra.prefect_session import prefect_session, wait_until_up
-
-    with prefect_session():
-        wait_until_up()
-        yield os.environ["PREFECT_API_URL"]
+def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of the API of a Prefect server as a team runs it: with all its services, and there before and after the runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    url = f"http://127.0.0.1:{port}/api"
+    env = {**os.environ, "PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")), "PREFECT_API_URL": url}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(600):
+                try:
+                    httpx.get(f"{url}/health", timeout=5).raise_for_status()
+                    break
+                except httpx.HTTPError:
+                    time.sleep(0.1)
+            yield url
+        finally:
+            server.terminate()
 
 
 def _ditmill(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -115,7 +129,11 @@ def test_a_run_on_two_raylets_into_s3_through_prefect(
 
     runs = httpx.post(f"{prefect_url}/flow_runs/filter", json={}).json()
     assert [run["state"]["type"] for run in runs] == ["COMPLETED"]
-    tasks = httpx.post(f"{prefect_url}/task_runs/filter", json={}).json()
+    for _ in range(100):  # Prefect records them a moment later
+        tasks = httpx.post(f"{prefect_url}/task_runs/filter", json={}).json()
+        if len(tasks) >= 4:
+            break
+        time.sleep(0.1)
     assert len(tasks) == 4  # a few long tasks, never one a row
     kinds = {artifact["type"] for artifact in httpx.post(f"{prefect_url}/artifacts/filter", json={}).json()}
     assert {"progress", "table"} <= kinds
