@@ -8,17 +8,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from infra.storage import Storage
 from pipelines.enumeration import PLANNED, Planned, planned_batch
-from pipelines.identity import sample_id
+from pipelines.identity import sample_ids
 from pipelines.recipes import RECIPES
-from pipelines.records import PromptRecord, expand_rows, unique_records
+from pipelines.records import expand_rows, unique_records
 from pipelines.resolve import Resolved
 from stages.actor import run_stage
+from stages.batch import texts
 
 STEPS = 2
 """Denoising steps of the calibration batch; the plan's are extrapolated by function evaluations."""
@@ -42,10 +44,10 @@ class Calibration:
 def calibrate(run: Resolved) -> Calibration | None:
     """Take one batch of the run's first prompts through all stages; None if no prompt can be sampled."""
     batch_size = run.spec.layout.batch_size
-    group = list(_first(run, batch_size))
-    if not group:
+    rows = list(_first(run, batch_size))
+    if not rows:
         return None
-    batch = planned_batch(group, run.spec.seed, {})
+    batch = planned_batch(_planned(run, rows), run.spec.seed, {})
     short = replace(run.plan, num_inference_steps=min(STEPS, run.plan.num_inference_steps))
     seconds: dict[str, float] = {}
     load = 0.0
@@ -69,24 +71,24 @@ def calibrate(run: Resolved) -> Calibration | None:
         result = json.loads(batch["result"][0])
     count = result["accepted"] + result["rejected"]
     nbytes = (result["media_nbytes"] + sum(part["nbytes"] for part in result["parts"])) / max(1, count)
-    return Calibration(len(group), seconds, load, nfe, nbytes)
+    return Calibration(len(rows), seconds, load, nfe, nbytes)
 
 
-def _first(run: Resolved, count: int) -> Iterator[Planned]:
-    """The first planned samples of one media shape, with prompts as they stand in the records."""
+def _first(run: Resolved, count: int) -> Iterator[dict[str, Any]]:
+    """Rows of the first prompts of one media shape, as they stand in the records."""
     shape = None
     for record in islice(unique_records(run.spec), 64 * count):
         found = (record.height, record.width, record.num_frames)
         shape = shape or found
         if found != shape or not record.prompt.strip():
             continue
-        yield _planned(run, record)
+        yield expand_rows(record, [], "", keep_original=True)[0]
         count -= 1
         if count == 0:
             return
 
 
-def _planned(run: Resolved, record: PromptRecord) -> Planned:
-    row = expand_rows(record, [], "", keep_original=True)[0]
-    rows = pa.RecordBatch.from_pylist([row], PLANNED)
-    return Planned(0, rows, 0, 0, 0, sample_id(row["prompt_id"], 0, run.generator_ids[0], run.plan.plan_id))
+def _planned(run: Resolved, rows: list[dict[str, Any]]) -> Planned:
+    ids = sample_ids([row["prompt_id"] for row in rows], 0, run.generator_ids[0], run.plan.plan_id)
+    places = np.arange(len(rows))
+    return Planned(places, texts(ids), np.zeros_like(places), pa.Table.from_pylist(rows, PLANNED), 0)

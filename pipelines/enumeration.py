@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from infra.schema import PROMPTS
 from infra.storage import Storage
 from models.noise import noise_key
 from pipelines.identity import sample_ids
-from stages.batch import Batch, jsons, texts
+from stages.batch import Batch, texts
 
 CHUNK = 4096
 
@@ -70,14 +71,38 @@ class Enumeration:
 
 @dataclass(frozen=True)
 class Planned:
-    """One sample to make, and its place in the enumeration."""
+    """Samples to make, of one generator and one media shape, in the order of the enumeration.
 
-    index: int
-    prompts: pa.RecordBatch
-    row: int
-    sample_index: int
+    `places` are their indices in the enumeration; `prompts` has a row for each of them.
+    """
+
+    places: np.ndarray
+    sample_ids: np.ndarray
+    sample_index: np.ndarray
+    prompts: pa.Table
     generator: int
-    sample_id: str
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def rows(self, start: int, stop: int | None = None) -> Planned:
+        part = slice(start, stop)
+        return Planned(
+            self.places[part],
+            self.sample_ids[part],
+            self.sample_index[part],
+            self.prompts.slice(start, None if stop is None else stop - start),
+            self.generator,
+        )
+
+    def then(self, more: Planned) -> Planned:
+        return Planned(
+            np.concatenate([self.places, more.places]),
+            np.concatenate([self.sample_ids, more.sample_ids]),
+            np.concatenate([self.sample_index, more.sample_index]),
+            pa.concat_tables([self.prompts, more.prompts]),
+            self.generator,
+        )
 
 
 class Batches:
@@ -103,80 +128,104 @@ class Batches:
     ) -> None:
         self._enumeration, self._is_done = enumeration, is_done
         self._batch_size, self._attempts, self._seed, self._limit = batch_size, attempts, seed, limit
-        self._groups: dict[tuple[Any, ...], list[Planned]] = {}
+        self._waiting: dict[tuple[int, ...], Planned] = {}
         self._consumed = 0
         self.samples = 0
 
     @property
     def planned_through(self) -> int:
         """Every sample before this place has been handed out or needed no work."""
-        waiting = [group[0].index for group in self._groups.values() if group]
-        return min([self._consumed, *waiting])
+        return min([self._consumed, *(int(planned.places[0]) for planned in self._waiting.values())])
 
     def __iter__(self) -> Iterator[Batch]:
-        for sample in self._todo():
-            key = (sample.generator, *_shape(sample))
-            group = self._groups.setdefault(key, [])
-            group.append(sample)
-            if len(group) == self._batch_size:
-                yield self._batch(key)
-        for key in list(self._groups):
+        for chunk in self._enumeration.chunks():
+            for key, planned in self._todo(chunk):
+                self._waiting[key] = self._waiting[key].then(planned) if key in self._waiting else planned
+            while full := self._full():
+                yield self._batch(full)
+            if self._consumed == self._limit:
+                break
+        for key in sorted(self._waiting, key=lambda key: int(self._waiting[key].places[0])):
             yield self._batch(key)
 
-    def _todo(self) -> Iterator[Planned]:
-        for chunk in self._enumeration.chunks():
-            done = self._is_done(chunk.sample_ids)
-            for row, sample_id in enumerate(chunk.sample_ids):
-                if self._limit is not None and chunk.start + row >= self._limit:
-                    return
-                self._consumed = chunk.start + row + 1
-                if not done[row]:
-                    yield Planned(chunk.start + row, chunk.prompts, row, chunk.sample_index, chunk.generator, sample_id)
+    def _todo(self, chunk: Chunk) -> Iterator[tuple[tuple[int, ...], Planned]]:
+        """What is to do of a chunk, by generator and media shape."""
+        count = len(chunk.sample_ids)
+        if self._limit is not None:
+            count = min(count, self._limit - chunk.start)
+        self._consumed = chunk.start + count
+        rows = np.flatnonzero(~self._is_done(chunk.sample_ids)[:count])
+        if len(rows) == 0:
+            return
+        ids = texts(chunk.sample_ids)
+        prompts = pa.Table.from_batches([chunk.prompts])
+        columns = [prompts[name].to_numpy()[rows] for name in ("height", "width", "num_frames")]
+        shapes, kind = np.unique(np.stack(columns), axis=1, return_inverse=True)
+        for number, shape in enumerate(shapes.T.tolist()):
+            of_shape = rows[kind.reshape(-1) == number]
+            yield (
+                (chunk.generator, *shape),
+                Planned(
+                    places=chunk.start + of_shape,
+                    sample_ids=ids[of_shape],
+                    sample_index=np.full(len(of_shape), chunk.sample_index, np.int64),
+                    prompts=prompts.take(of_shape),
+                    generator=chunk.generator,
+                ),
+            )
 
-    def _batch(self, key: tuple[Any, ...]) -> Batch:
-        group = self._groups.pop(key)
-        self.samples += len(group)
-        return planned_batch(group, self._seed, self._attempts)
+    def _full(self) -> tuple[int, ...] | None:
+        """The group that was the first to be full."""
+        last = self._batch_size - 1
+        full = [(int(group.places[last]), key) for key, group in self._waiting.items() if len(group) > last]
+        return min(full)[1] if full else None
+
+    def _batch(self, key: tuple[int, ...]) -> Batch:
+        group = self._waiting.pop(key)
+        if len(group) > self._batch_size:
+            self._waiting[key] = group.rows(self._batch_size)
+        handed = group.rows(0, self._batch_size)
+        self.samples += len(handed)
+        return planned_batch(handed, self._seed, self._attempts)
 
 
-def planned_batch(group: list[Planned], seed: int, attempts: dict[str, int]) -> Batch:
+def planned_batch(group: Planned, seed: int, attempts: dict[str, int]) -> Batch:
     """The columns that a batch of planned samples starts with (see stages.batch)."""
-    rows = [sample.prompts.slice(sample.row, 1).to_pylist()[0] for sample in group]
-    seeds = [seed if row["seed"] is None else row["seed"] for row in rows]
-    keys = [
-        noise_key(at, row["prompt_id"], sample.sample_index) for at, row, sample in zip(seeds, rows, group, strict=True)
-    ]
+    column = {name: group.prompts[name].to_pylist() for name in PLANNED.names}
+    seeds = [seed if own is None else own for own in column["seed"]]
+    keys = map(noise_key, seeds, column["prompt_id"], group.sample_index.tolist())
+    count = len(group)
     columns: Batch = {
-        "sample_id": texts([sample.sample_id for sample in group]),
-        "noise_key": texts(keys),
-        "tags": jsons([row["tags"] or [] for row in rows]),
-        "inputs": jsons([row["inputs"] or [] for row in rows]),
-        "extra": texts([_extra(row) for row in rows]),
-        "sample_index": np.array([sample.sample_index for sample in group], np.int64),
-        "generator": np.array([sample.generator for sample in group], np.int64),
+        "sample_id": group.sample_ids,
+        "noise_key": texts(list(keys)),
+        "tags": _lists(column["tags"]),
+        "inputs": _lists(column["inputs"]),
+        "extra": texts(list(map(_extra, column["extra_json"], column["variant"], column["licence"]))),
+        "sample_index": group.sample_index,
+        "generator": np.full(count, group.generator, np.int64),
         "seed": np.array(seeds, np.int64),
-        "fps": np.array([row["fps"] for row in rows], np.float64),
-        "attempt": np.array([attempts.get(sample.sample_id, 1) for sample in group], np.int64),
-        "batch_index": np.zeros(len(group), np.int64),
+        "fps": np.array(column["fps"], np.float64),
+        "attempt": np.array([attempts.get(sample_id, 1) for sample_id in group.sample_ids], np.int64),
+        "batch_index": np.zeros(count, np.int64),
     }
     for name in ("prompt_id", "source_prompt", "prompt", "negative_prompt", "licence"):
-        columns[name] = texts([row[name] or "" for row in rows])
+        columns[name] = texts([value or "" for value in column[name]])
     for name in ("height", "width", "num_frames"):
-        columns[name] = np.array([row[name] for row in rows], np.int64)
+        columns[name] = np.array(column[name], np.int64)
     for name in ("error_type", "error", "error_stage"):
-        columns[name] = texts([""] * len(group))
+        columns[name] = texts([""] * count)
     return columns
 
 
-def _shape(sample: Planned) -> tuple[int, int, int]:
-    at = sample.row
-    height, width, frames = (sample.prompts.column(name)[at].as_py() for name in ("height", "width", "num_frames"))
-    return height, width, frames
+def _lists(values: list[list[Any] | None]) -> np.ndarray:
+    return texts([json.dumps(value, ensure_ascii=False) if value else "[]" for value in values])
 
 
-def _extra(row: dict[str, Any]) -> str:
-    extra = json.loads(row["extra_json"] or "{}")
-    extra["variant"] = row["variant"]
-    if row["licence"]:
-        extra["licence"] = row["licence"]
+@lru_cache(1024)
+def _extra(extra_json: str | None, variant: int, licence: str | None) -> str:
+    """Most prompts have the same: nothing."""
+    extra = json.loads(extra_json or "{}")
+    extra["variant"] = variant
+    if licence:
+        extra["licence"] = licence
     return json.dumps(extra, ensure_ascii=False)
