@@ -34,12 +34,14 @@ class Outline:
 
     `distance(x, y, r)` takes arrays that broadcast. `corners`: points whose convex hull is the shape's, [k, 2], none for
     round ones. `reach`: from the centroid to the furthest point. `fold`: turned by 360/fold degrees it looks the same.
+    `perimeter`: the length of its edge.
     """
 
     distance: Callable[[Array, Array, Array], Array]
     corners: Array
     reach: float
     fold: int
+    perimeter: float
 
 
 def _regular(corners: int, reach: float, first: float = -90.0) -> Array:
@@ -86,14 +88,15 @@ def _cross(x: Array, y: Array, r: Array) -> Array:
 
 
 _ARM = np.array([[1, 1 / 3], [1, -1 / 3]]) * CROSS
+_ARMS = np.concatenate([_ARM, -_ARM, _ARM[:, ::-1], -_ARM[:, ::-1]])
 
 OUTLINES: dict[Shape, Outline] = {
-    "circle": Outline(_circle, np.empty((0, 2)), 1, 0),
-    "square": Outline(_square, _regular(4, SQUARE * sqrt(2), 45), SQUARE * sqrt(2), 4),
-    "triangle": Outline(_triangle, _regular(3, TRIANGLE), TRIANGLE, 3),
-    "star": Outline(_star, _regular(5, STAR), STAR, 5),
-    "ring": Outline(_ring, np.empty((0, 2)), RING, 0),
-    "cross": Outline(_cross, np.concatenate([_ARM, -_ARM, _ARM[:, ::-1], -_ARM[:, ::-1]]), CROSS * sqrt(10) / 3, 4),
+    "circle": Outline(_circle, np.empty((0, 2)), 1, 0, 2 * pi),
+    "square": Outline(_square, _regular(4, SQUARE * sqrt(2), 45), SQUARE * sqrt(2), 4, 8 * SQUARE),
+    "triangle": Outline(_triangle, _regular(3, TRIANGLE), TRIANGLE, 3, 3 * sqrt(3) * TRIANGLE),
+    "star": Outline(_star, _regular(5, STAR), STAR, 5, 10 * STAR * sin(radians(36)) / sin(radians(126))),
+    "ring": Outline(_ring, np.empty((0, 2)), RING, 0, 2 * pi * RING * (1 + HOLE)),
+    "cross": Outline(_cross, _ARMS, CROSS * sqrt(10) / 3, 4, 8 * CROSS),
 }
 
 

@@ -18,8 +18,8 @@ from models.pack.grammar import ATTRIBUTES, RESIZED, SHAPES, SIZES, Figure, Moti
 from models.pack.sight import Seen, UnreadableError, look
 from models.pack.world import FRAME, RADII
 
-LIKENESS = 0.82
-"""Least overlap of a mask with the outline it is read as: 1 - |mask - outline| / (mask + outline)."""
+EDGE_ERROR = 0.55
+"""How far, in pixels on average, a figure's edge may lie off the outline that it is read as."""
 SOFTNESS = (0.0, 0.8, 1.2)
 """Blurs, in pixels, that a clip may have been through."""
 SHAPE_FRAMES = 6
@@ -35,7 +35,7 @@ MOVED = 5.0
 """Pixels from the first frame to the last that a moving figure gets at least."""
 STAYED = 2.5
 """And all others at most."""
-STEADY = 1.6
+STEADY = 1.2
 """Greatest root mean square distance, in pixels, from a straight and even motion."""
 STRAIGHT = 0.4
 """Greatest ratio of the way across to the way along the axis of a motion."""
@@ -126,30 +126,27 @@ def _size(radius: float) -> Size | None:
 
 
 def _shape(seen: Seen, turns: dict[Shape, Array]) -> Shape | None:
-    """The outline that overlaps the masks best, if it does well."""
-    score = likeness(seen, turns)
-    best = max(SHAPES, key=lambda shape: score[shape])
-    return best if score[best] >= LIKENESS else None
+    """The outline that fits the masks best, if it does well."""
+    misfit = _misfits(seen, turns)
+    best = min(SHAPES, key=lambda shape: misfit[shape])
+    edge = OUTLINES[best].perimeter * float(np.median(np.sqrt(seen.area / pi)))
+    return best if misfit[best] <= EDGE_ERROR * edge else None
 
 
-def likeness(seen: Seen, turns: dict[Shape, Array]) -> dict[Shape, float]:
-    """How well a figure's masks overlap each outline, 0..1: the mean over some frames, at the best of a few blurs."""
+def _misfits(seen: Seen, turns: dict[Shape, Array]) -> dict[Shape, float]:
+    """By how many pixels the masks differ from each outline of their area: the mean over frames, at the best of few blurs."""
     import cv2
 
     chosen = np.unique(np.linspace(0, len(seen.x) - 1, SHAPE_FRAMES).round().astype(int))
     r = np.sqrt(seen.area[chosen] / pi)[:, None, None]
-    masks = np.clip(seen.masks[chosen], 0, 1)
-    scores: dict[Shape, float] = {}
+    masks = np.clip(seen.masks[chosen], 0, 1).transpose(1, 2, 0)
+    misfits: dict[Shape, float] = {}
     for shape in SHAPES:
         outlines = coverage(shape, seen.across[chosen], seen.along[chosen], r, turns[shape][chosen][:, None, None])
-        channels = np.ascontiguousarray(outlines.transpose(1, 2, 0))
-        scores[shape] = 0.0
-        for blur in SOFTNESS:
-            soft = cv2.GaussianBlur(channels, (0, 0), blur).reshape(channels.shape) if blur else channels
-            soft = soft.transpose(2, 0, 1)
-            off = np.abs(masks - soft).sum(axis=(1, 2)) / (masks + soft).sum(axis=(1, 2))
-            scores[shape] = max(scores[shape], 1 - float(off.mean()))
-    return scores
+        crisp = np.ascontiguousarray(outlines.transpose(1, 2, 0))
+        soft = [cv2.GaussianBlur(crisp, (0, 0), blur).reshape(crisp.shape) if blur else crisp for blur in SOFTNESS]
+        misfits[shape] = min(float(np.abs(masks - each).sum()) for each in soft) / len(chosen)
+    return misfits
 
 
 def _turns(seen: Seen) -> dict[Shape, Array]:

@@ -1,6 +1,6 @@
 """How fast the small world renders, and how well its oracle reads it: as rendered, through blur, noise and codecs.
 
-    ditmill bench world [--clips 5000] [--flawed 1000] [--seed 0]
+    ditmill bench world [--clips 5000] [--flawed 1000] [--seed 0] [--sheet PNG]
 
 Every figure stands with its 95% interval (Wilson). What is no clip of the world (noise, blank frames, two clips mixed)
 must be called unreadable. One thread throughout.
@@ -20,7 +20,9 @@ import numpy as np
 
 from models.pack.grammar import KINDS, Scene, sample_scenes
 from models.pack.oracle import match, read
+from models.pack.phrases import describe
 from models.pack.world import PALETTE, render
+from tests.bench.support.contact_sheet import contact_sheet
 from tests.bench.support.flaws import MILD, Flaw, blank_clips, blends, noise_clips
 
 COLUMNS = ("count", "shape", "colour", "size", "motion", "background", "all")
@@ -36,6 +38,9 @@ def main() -> None:
 
     cv2.setNumThreads(1)
     arguments = _arguments()
+    if arguments.sheet:
+        save_sheet(arguments.sheet, arguments.seed)
+        return
     found: dict[str, Any] = {"clips": arguments.clips, "render": throughput(arguments.seed)}
     rng = np.random.Generator(np.random.Philox(key=arguments.seed))
     scenes = sample_scenes(rng, arguments.clips)
@@ -62,6 +67,14 @@ def throughput(seed: int, clips: int = 1000) -> dict[str, float]:
             render(part, range(start, start + len(part)))
         rates.append(clips / (time.process_time() - started))
     return {"best": max(rates), "worst": min(rates)}
+
+
+def save_sheet(path: str, seed: int) -> None:
+    """A contact sheet of 64 clips with their prompts."""
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    scenes = sample_scenes(rng, 64, kinds=("one", "two", "one", "cut"))
+    sheet = contact_sheet(render(scenes, range(64)), [describe(scene, rng) for scene in scenes])
+    sheet.save(path, optimize=True)
 
 
 def tally(
@@ -151,6 +164,7 @@ def _arguments() -> argparse.Namespace:
         "--flawed", type=int, default=1000, help="clips read through each flaw, and of each kind of non-clip"
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other clips")
+    parser.add_argument("--sheet", help="only write a contact sheet to this PNG")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args()
 

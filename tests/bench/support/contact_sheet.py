@@ -24,6 +24,7 @@ def contact_sheet(
     rows = -(-len(clips) // columns)
     sheet = Image.new("RGB", (columns * cell[0] + EDGE, rows * cell[1] + EDGE), (70, 70, 76))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
+    pen.fontmode = "1"  # letters without grey edges: most of the file would be letters
     shown = np.linspace(0, clips.shape[1] - 1, frames).round().astype(int)
     for at, (clip, lines) in enumerate(zip(clips, wrapped, strict=True)):
         left, top = EDGE + (at % columns) * cell[0], EDGE + (at // columns) * cell[1]
