@@ -42,8 +42,9 @@ def ray_session(
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
     import ray
 
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # Of a batch that killed its worker Ray Data prints a page; the driver says it in a line.
+    for name, level in (("ray", logging.ERROR), ("ray.data", logging.CRITICAL)):
+        logging.getLogger(name).setLevel(level)
     runtime_env: dict[str, Any] = {"env_vars": env}
     if address is not None:
         # Other machines have no checkout: send the five rooms, without the packs' weights.

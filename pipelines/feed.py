@@ -24,10 +24,14 @@ from stages.batch import Batch, size
 
 @ray.remote(num_cpus=0)
 class Mailbox:
-    """Batches by their number. A batch stays until it is done, so that a reader that died can start over."""
+    """Batches by their number. A batch stays until it is done, so that a reader that died can start over.
+
+    It also knows the graph's actors: Ray Data lets go of them, but one that is just being started again stays, with its CPU.
+    """
 
     def __init__(self) -> None:
         self._blocks: dict[int, pa.Table] = {}
+        self._actors: dict[str, Any] = {}
         self._put = 0
         self._closed = False
         self._changed = asyncio.Condition()
@@ -40,6 +44,12 @@ class Mailbox:
 
     async def done(self, number: int) -> None:
         self._blocks.pop(number, None)
+
+    async def join(self, actor_id: str, actor: Any) -> None:
+        self._actors[actor_id] = actor
+
+    async def actors(self) -> list[Any]:
+        return list(self._actors.values())
 
     async def close(self) -> None:
         async with self._changed:
@@ -148,3 +158,11 @@ class Feeder:
             self.closed = True
             with contextlib.suppress(RayError):
                 ray.get(self.mailbox.close.remote())
+
+    def end(self) -> None:
+        """End the graph's actors, whatever they are doing."""
+        self.close()
+        with contextlib.suppress(RayError):
+            for actor in ray.get(self.mailbox.actors.remote()):
+                ray.kill(actor)
+            ray.kill(self.mailbox)

@@ -212,11 +212,14 @@ class _Run:
         broke = True
         while broke:
             lost, broke = self.drive(batches, groups, in_flight(groups))
+            if lost:
+                log().warning("batches were lost with their workers; each is tried again by itself", batches=len(lost))
             # Most of them only stood beside the one that killed the worker: each gets the graph to itself.
             lost, _ = self.drive(iter(lost), groups, 1, to_the_end=True)
             singles = (take(batch, np.array([at])) for batch in lost for at in range(size(batch)))
             died, _ = self.drive(singles, groups, 1, to_the_end=True) if lost else ([], False)
             for batch in died:
+                log().warning("sample failed", sample_id=batch["sample_id"][0], error_type="worker_died")
                 self.commits.add([_worker_died(self.job, batch)])
                 self.progress.failed += 1
 

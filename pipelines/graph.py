@@ -168,6 +168,7 @@ def results(
     finally:
         Watch.ending = True
         thread.join(END_SECONDS)
+        feeder.end()
 
 
 def _dataset(feeder: Feeder, groups: tuple[Group, ...], context: dict[str, str], earliest: float) -> Dataset:
@@ -191,7 +192,15 @@ def _dataset(feeder: Feeder, groups: tuple[Group, ...], context: dict[str, str],
     for group in groups:
         dataset = dataset.map_batches(
             StageActor,
-            fn_constructor_args=(group.name, group.stages, group.drop, group.accelerators, earliest, context),
+            fn_constructor_args=(
+                group.name,
+                group.stages,
+                group.drop,
+                group.accelerators,
+                earliest,
+                context,
+                feeder.mailbox,
+            ),
             batch_size=None,
             batch_format="pyarrow",
             zero_copy_batch=True,

@@ -11,8 +11,9 @@ import os
 import pickle
 import sys
 import time
+import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -73,6 +74,7 @@ class StageActor:
         accelerators: devices this actor holds; 1 on a CPU-only machine, where an actor counts as one accelerator.
         earliest: when the run asked for its actors, Unix seconds: a worker process may be older than that.
         context: bound to every log line (run_id).
+        register: an actor whose `join` is told of this one, so that the run can end it.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class StageActor:
         accelerators: float = 1.0,
         earliest: float = 0.0,
         context: dict[str, str] | None = None,
+        register: Any = None,
     ) -> None:
         configure(**(context or {}), group=group)
         self.group, self.stages, self.drop, self.accelerators = group, stages, drop, accelerators
@@ -90,6 +93,8 @@ class StageActor:
         called = time.time()
         self._started = min(called, max(earliest, _process_start()))
         self._slot, restarted = _slot(self._id)
+        if register is not None:
+            register.join.remote(self._slot, sys.modules["ray"].get_runtime_context().current_actor)
         self._slot_started = min(earliest or self._started, self._started) if restarted else self._started
         self._boot = called - self._started
         self._idle = self._busy = self._shared = 0.0
@@ -182,15 +187,20 @@ def run_stage(stage: Stage, batch: Batch, accelerators: float = 1.0) -> tuple[Ba
         "accelerator_seconds": seconds * accelerators / len(index),
         "cpu_seconds": (time.process_time() - cpu) / len(index),
     }
+    return {**batch, "cost": _with_cost(batch, index, cost)}, seconds * accelerators
+
+
+def _with_cost(batch: Batch, index: np.ndarray, cost: dict[str, Any]) -> np.ndarray:
+    """The column `cost` with one more entry for the samples at `index`. Most of them have the same text so far."""
     costs = batch.get("cost", texts([""] * size(batch))).copy()
-    for at in index:
-        costs[at] = json.dumps([*json.loads(costs[at] or "[]"), cost])
-    return {**batch, "cost": costs}, seconds * accelerators
+    longer = {text: json.dumps([*json.loads(text or "[]"), cost]) for text in set(costs[index])}
+    costs[index] = [longer[text] for text in costs[index]]
+    return costs
 
 
 def _isolated(stage: Stage, batch: Batch, index: np.ndarray) -> Iterator[tuple[np.ndarray, Batch]]:
     """The stage's output for the rows at `index`; where it raises, for ever smaller halves, down to the culprit."""
-    rows = take(batch, index)
+    rows = batch if len(index) == size(batch) else take(batch, index)  # media is large: no copy of what is whole
     try:
         yield index, stage(rows)
     except (UserError, WorldFault, OSError, MemoryError):
@@ -264,7 +274,9 @@ def _slot(otherwise: str) -> tuple[str, bool]:
     if ray is None or not ray.is_initialized():
         return otherwise, False
     context = ray.get_runtime_context()
-    return context.get_actor_id() or otherwise, bool(context.was_current_actor_reconstructed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the property asks for another one that is deprecated
+        return context.get_actor_id() or otherwise, bool(context.was_current_actor_reconstructed)
 
 
 def _process_start() -> float:
