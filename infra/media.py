@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -110,11 +111,16 @@ def _saved(image: Image, image_format: str, settings: dict[str, int]) -> bytes:
 
 
 def _image_codec(image_format: str, settings: dict[str, int], *more: str) -> str:
+    said = [f"{key}={value}" for key, value in settings.items()]
+    return " ".join([image_format, *said, *more, *_image_libraries(image_format)])
+
+
+@cache
+def _image_libraries(image_format: str) -> tuple[str, str]:
     from PIL import __version__, features
 
     library = {"png": "zlib", "webp": "webp"}[image_format]
-    said = [f"{key}={value}" for key, value in settings.items()]
-    return " ".join([image_format, *said, *more, f"pillow-{__version__}", f"{library}-{features.version(library)}"])
+    return f"pillow-{__version__}", f"{library}-{features.version(library)}"
 
 
 def _encode_video(frames: np.ndarray, fps: float, crf: int) -> Encoded:

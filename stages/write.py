@@ -116,6 +116,7 @@ class _Written:
         self.rows: dict[str, list[Row]] = {"accepted": [], "rejected": []}
         self.members: dict[str, list[tuple[str, bytes]]] = {"accepted": [], "rejected": []}
         self.failures: list[Row] = []
+        self._parsed: dict[str, Any] = {}
 
     def add(self, at: int) -> None:
         if self._text(at, "error_type"):
@@ -232,8 +233,8 @@ class _Written:
         if verdict not in ("accepted", "rejected"):
             raise ValueError(f"{self._text(at, 'sample_id')}: expected verdict accepted or rejected, found {verdict!r}")
         source_prompt = self._text(at, "source_prompt")
-        extra = self._json(at, "extra", {})
-        extra |= {name: self.batch[name][at] for name in ("licence",) if self._text(at, name)}
+        licence = self._text(at, "licence")
+        extra = {**self._json(at, "extra", {}), **({"licence": licence} if licence else {})}
         _check_writable(extra, "extra_json")
         return {
             "sample_id": self._text(at, "sample_id"),
@@ -288,8 +289,13 @@ class _Written:
         return int(self.batch[column][at]) if column in self.batch else 0
 
     def _json(self, at: int, column: str, empty: Any) -> Any:
+        """A value to read and not to change: samples of a batch that have the same text share it."""
         text = self._text(at, column)
-        return json.loads(text) if text else empty
+        if not text:
+            return empty
+        if text not in self._parsed:
+            self._parsed[text] = json.loads(text)
+        return self._parsed[text]
 
 
 def _valid(text: str) -> str:
@@ -340,6 +346,14 @@ def sidecar(row: Row) -> bytes:
 
 def _check_writable(value: Any, where: str) -> None:
     """Raise SampleError for text that is no Unicode and for numbers that are not finite, however deep."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False, default=str).encode()
+    except ValueError:
+        _blame(value, where)
+
+
+def _blame(value: Any, where: str) -> None:
+    """Raise SampleError with the place of what cannot be written."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -350,8 +364,8 @@ def _check_writable(value: Any, where: str) -> None:
         raise SampleError("bad_number", f"{where}: expected a finite number, found {value}")
     elif isinstance(value, dict):
         for key, item in value.items():
-            _check_writable(key, where)
-            _check_writable(item, f"{where}.{key}" if where else key)
+            _blame(key, where)
+            _blame(item, f"{where}.{key}" if where else key)
     elif isinstance(value, list):
         for at, item in enumerate(value):
-            _check_writable(item, f"{where}[{at}]")
+            _blame(item, f"{where}[{at}]")
