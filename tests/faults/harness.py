@@ -1,0 +1,252 @@
+"""Runs of `ditmill run` as processes of their own, that tests can watch, kill and run again.
+
+Every process of a run carries a mark in its environment, so that what is left over of a killed run can be found wherever
+the kernel has put it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import yaml
+
+REPO = Path(__file__).resolve().parents[2]
+MARK = "DITMILL_TEST_RUN"
+
+KINDS = {
+    "driver": ("bin/ditmill",),
+    "actor": ("ray::MapWorker",),
+    "mailbox": ("ray::Mailbox",),
+    "reader": ("ray::ReadMailbox",),
+    "raylet": ("raylet/raylet",),
+    "gcs": ("gcs/gcs_server",),
+    "prefect": ("prefect_server.py",),
+}
+"""What the command line of each process of a run holds."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a run. `started` tells it from a later one with the same number."""
+
+    pid: int
+    started: str
+    command: str
+
+    @property
+    def kind(self) -> str:
+        return next((kind for kind, words in KINDS.items() if any(word in self.command for word in words)), "other")
+
+    @property
+    def lives(self) -> bool:
+        found = _look(self.pid)
+        return found is not None and found.started == self.started
+
+
+@dataclass
+class Launch:
+    """A `ditmill` command that was started."""
+
+    arguments: list[str]
+    log: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    mark: str = field(default_factory=lambda: uuid4().hex)
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment, MARK: self.mark}
+        with self.log.open("ab") as output:
+            self.popen = subprocess.Popen(
+                [str(Path(sys.executable).with_name("ditmill")), *self.arguments],
+                stdout=subprocess.PIPE,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                cwd=self.log.parent,
+                start_new_session=True,
+                text=True,
+            )
+
+    @property
+    def ended(self) -> bool:
+        return self.popen.poll() is not None
+
+    def wait(self, seconds: float = 240.0) -> int:
+        """The exit code. A run that does not end is killed, and the test fails."""
+        try:
+            self.stdout = self.popen.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            self.stop()
+            raise AssertionError(f"{self.arguments} did not end in {seconds:.0f} s; its log:\n{self.said()}") from None
+        return self.popen.returncode
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def processes(self) -> list[Process]:
+        """All live processes of this run, the driver included, whoever is their parent now."""
+        wanted = f"{MARK}={self.mark}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                if wanted in (entry / "environ").read_bytes() and (process := _look(int(entry.name))):
+                    found.append(process)
+            except OSError:
+                continue  # it ended, or belongs to somebody else
+        return found
+
+    def find(self, kind: str) -> list[Process]:
+        return [process for process in self.processes() if process.kind == kind]
+
+    def kill(self, kind: str, choose: Callable[[list[Process]], Process] = lambda found: found[0]) -> Process | None:
+        """SIGKILL one process of that kind, or of any; None where there is none (any more)."""
+        if kind == "driver":
+            self.popen.send_signal(signal.SIGKILL)
+            return Process(self.popen.pid, "", KINDS["driver"][0])
+        found = self.processes() if kind == "any" else self.find(kind)
+        if not found:
+            return None
+        victim = choose(found)
+        try:
+            os.kill(victim.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return None
+        return victim
+
+    def left_over(self, seconds: float = 20.0) -> list[Process]:
+        """Processes of this run that are still there, after waiting so long for them to go."""
+        end = time.monotonic() + seconds
+        while (found := self.processes()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return found
+
+    def stop(self) -> None:
+        for process in self.processes():
+            try:
+                os.kill(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+class Watched:
+    """A dataset on this machine, looked at from outside while runs write it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._version = -1
+        self._committed: dict[str, int] = {}
+
+    def versions(self, table: str) -> int:
+        log = self.root / table / "_delta_log"
+        return len(list(log.glob("0*.json"))) if log.is_dir() else 0
+
+    def committed(self) -> dict[str, int]:
+        """Parts of `samples` that its log names, with their rows."""
+        while (entry := self.root / "samples" / "_delta_log" / f"{self._version + 1:020d}.json").exists():
+            for line in entry.read_text().splitlines():
+                if add := json.loads(line).get("add"):
+                    self._committed[add["path"]] = json.loads(add["stats"])["numRecords"]
+            self._version += 1
+        return self._committed
+
+    def rows(self) -> int:
+        return sum(self.committed().values())
+
+    def uncommitted(self) -> list[Path]:
+        """Parts of `samples` that are written and not committed (yet)."""
+        folder = self.root / "samples"
+        written = list(folder.glob("*.parquet")) if folder.is_dir() else []
+        known = self.committed()
+        return [path for path in written if path.name not in known]
+
+    def uncommitted_rows(self) -> int:
+        import pyarrow.parquet as pq
+
+        return sum(pq.read_metadata(path).num_rows for path in self.uncommitted())
+
+    def latents(self) -> dict[str, np.ndarray]:
+        """sample_id -> latents, read out of the tars."""
+        from safetensors.numpy import load
+
+        from infra.storage import Storage
+        from infra.tables import Table
+
+        storage = Storage(str(self.root))
+        found = {}
+        for row in Table(storage, "samples").read(["sample_id", "tensors"]).to_pylist():
+            (tensor,) = row["tensors"]
+            data = storage.read_bytes(tensor["shard"], tensor["offset"], tensor["offset"] + tensor["nbytes"])
+            assert row["sample_id"] not in found, f"{row['sample_id']} is two rows"
+            found[row["sample_id"]] = load(data)["latents"]
+        return found
+
+    def check(self, reference: dict[str, np.ndarray]) -> None:
+        """Assert that every promise holds, that nothing is left over, and that latents equal an undisturbed run's."""
+        from infra.storage import Storage
+        from pipelines.verify import verify
+
+        assert list(map(str, verify(Storage(str(self.root))))) == []
+        found = self.latents()
+        assert found.keys() == reference.keys()
+        for sample_id, latents in reference.items():
+            assert found[sample_id].tobytes() == latents.tobytes(), f"the latents of {sample_id} differ"
+        assert list((self.root / "control").glob("*")) == []
+        assert [str(path) for path in self.root.rglob("*") if ".tmp" in path.name] == []
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An undisturbed run of `kill_spec`."""
+
+    spec: Path
+    dataset: Watched
+    latents: dict[str, np.ndarray]
+
+
+def kill_spec(path: Path) -> Path:
+    """12 batches of half a second each: long enough to be killed in many places, short enough to be run many times."""
+    prompts = [f"{thing} number {number}" for number in range(8) for thing in ("a red circle", "a dog", "two boats")]
+    return write_spec(
+        path,
+        prompts={"inline": prompts, "near_duplicates": "ignore"},
+        layout={"batch_size": 2},
+        sampler={"num_inference_steps": 6},
+        score={"reject_static": False, "reject_duplicates": False},
+    )
+
+
+def write_spec(path: Path, **changes: Any) -> Path:
+    """A spec of pack://tiny that is quick on a CPU, with top-level keys replaced by `changes`."""
+    spec = {
+        "name": path.stem,
+        "layout": {"batch_size": 4},
+        "sampler": {"num_inference_steps": 2},
+        "judge": {"backend": "none"},
+        "caption": None,
+        "output": {"uri": str(path.with_suffix("")), "commit_every": 0.2, "tensors": {"latents": "float32"}},
+        **changes,
+    }
+    path.write_text(yaml.safe_dump(spec))
+    return path
+
+
+def _look(pid: int) -> Process | None:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except (OSError, IndexError):
+        return None
+    return None if stat[0] in "ZX" else Process(pid, stat[19], command)
