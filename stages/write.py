@@ -116,6 +116,7 @@ class _Written:
         self.rows: dict[str, list[Row]] = {"accepted": [], "rejected": []}
         self.members: dict[str, list[tuple[str, bytes]]] = {"accepted": [], "rejected": []}
         self.failures: list[Row] = []
+        self._doubtful = not _is_plain(batch)
         self._parsed: dict[str, Any] = {}
 
     def add(self, at: int) -> None:
@@ -189,7 +190,8 @@ class _Written:
     def _sample(self, at: int) -> tuple[Row, list[tuple[str, bytes]]]:
         """A row, its media without places, and the members that hold them."""
         row = self._facts(at)
-        _check_writable(row, "")
+        if self._doubtful:
+            _check_writable({**row, "extra_json": json.loads(row["extra_json"])}, "")
         members: list[tuple[str, bytes]] = []
         accepted = row["verdict"] == "accepted"
         keep = "media" if accepted else self.stage.keep_rejected
@@ -235,7 +237,6 @@ class _Written:
         source_prompt = self._text(at, "source_prompt")
         licence = self._text(at, "licence")
         extra = {**self._json(at, "extra", {}), **({"licence": licence} if licence else {})}
-        _check_writable(extra, "extra_json")
         return {
             "sample_id": self._text(at, "sample_id"),
             "noise_key": self._text(at, "noise_key"),
@@ -344,16 +345,24 @@ def sidecar(row: Row) -> bytes:
     return json.dumps({key: row[key] for key in SIDECAR}, ensure_ascii=False, sort_keys=True).encode()
 
 
+def _is_plain(batch: Batch) -> bool:
+    """Whether all text is valid Unicode and no number but a finite one can be in it: then no row has to be looked at."""
+    for column in batch.values():
+        if column.dtype == object:
+            text = "\n".join(map(str, column))
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                return False
+            if any(word in text for word in ("NaN", "Infinity", "\\ud")):  # the last is half a character, in JSON
+                return False
+        elif column.ndim == 1 and not np.isfinite(column).all():
+            return False
+    return True
+
+
 def _check_writable(value: Any, where: str) -> None:
     """Raise SampleError for text that is no Unicode and for numbers that are not finite, however deep."""
-    try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False, default=str).encode()
-    except ValueError:
-        _blame(value, where)
-
-
-def _blame(value: Any, where: str) -> None:
-    """Raise SampleError with the place of what cannot be written."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -364,8 +373,8 @@ def _blame(value: Any, where: str) -> None:
         raise SampleError("bad_number", f"{where}: expected a finite number, found {value}")
     elif isinstance(value, dict):
         for key, item in value.items():
-            _blame(key, where)
-            _blame(item, f"{where}.{key}" if where else key)
+            _check_writable(key, where)
+            _check_writable(item, f"{where}.{key}" if where else key)
     elif isinstance(value, list):
         for at, item in enumerate(value):
-            _blame(item, f"{where}[{at}]")
+            _check_writable(item, f"{where}[{at}]")
