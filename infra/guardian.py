@@ -56,7 +56,7 @@ def marked(mark: str) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):  # it ended, or belongs to somebody else
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                if wanted in (entry / "environ").read_bytes():
                     found.append(int(entry.name))
     return found
 
