@@ -217,8 +217,8 @@ class Reference:
 
 
 def kill_spec(path: Path) -> Path:
-    """12 batches of half a second each: long enough to be killed in many places, short enough to be run many times."""
-    prompts = [f"{thing} number {number}" for number in range(8) for thing in ("a red circle", "a dog", "two boats")]
+    """18 batches of a third of a second each: there is time to kill a run in many places, and to run it many times."""
+    prompts = [f"{thing} number {number}" for number in range(12) for thing in ("a red circle", "a dog", "two boats")]
     return write_spec(
         path,
         prompts={"inline": prompts, "near_duplicates": "ignore"},
