@@ -9,7 +9,7 @@ import pyarrow as pa
 
 
 class IdSet:
-    """Membership by binary search over the sorted first halves of the ids; the second halves settle it."""
+    """Membership in a sorted array. Ids are hashes, evenly spread, so their first bits say where to start looking."""
 
     def __init__(self, columns: Iterable[pa.Array]) -> None:
         parts = [_halves(column) for column in columns]
@@ -27,6 +27,9 @@ class IdSet:
             new[1:] = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
             first, second = first[new], second[new]
         self._first, self._second = first, second
+        bits = max(1, len(first).bit_length() - 3)  # four to eight ids share them
+        self._shift = np.uint64(64 - bits)
+        self._starts = np.searchsorted(first, np.arange(2**bits, dtype=np.uint64) << self._shift)
 
     def __len__(self) -> int:
         return len(self._first)
@@ -36,16 +39,13 @@ class IdSet:
         if len(self) == 0 or len(ids) == 0:
             return np.zeros(len(ids), bool)
         first, second = _halves(pa.array(ids, pa.string())).T
-        order = np.argsort(first)  # neighbours in memory are looked for one after the other
-        first, second = first[order], second[order]
-        at = np.searchsorted(self._first, first)
         found = np.zeros(len(ids), bool)
+        at = self._starts[first >> self._shift]
         look = np.flatnonzero(at < len(self))
         while len(look):
-            look = look[self._first[at[look]] == first[look]]
-            same = self._second[at[look]] == second[look]
-            found[order[look[same]]] = True
-            look = look[~same]  # two ids that share a first half
+            here = self._first[at[look]]
+            found[look] = (here == first[look]) & (self._second[at[look]] == second[look])
+            look = look[(here <= first[look]) & ~found[look]]
             at[look] += 1
             look = look[at[look] < len(self)]
         return found
