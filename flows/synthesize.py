@@ -7,6 +7,7 @@ progress, its table and its links as artifacts.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -112,21 +113,32 @@ def expand_prompts(run: Run) -> None:
 )
 def generate_samples(run: Run) -> None:
     """Samples, committed while they are made. A retry resumes from the tables, as a run with an id of its own."""
-    assert run.enumeration is not None
     with progress_artifact(f"samples of {run.resolved.spec.name}") as share:
+        while run.outcome is None:
+            made = Progress()
 
-        def show(progress: Progress) -> None:
-            run.console.progress(progress)
-            share((progress.before_done + progress.done) / max(1, progress.total))
+            def show(progress: Progress) -> None:
+                nonlocal made
+                made = progress
+                run.console.progress(progress)
+                share((progress.before_done + progress.done) / max(1, progress.total))
 
-        try:
-            with writing(run.resolved.storage.root):
-                run.outcome = make_samples(
-                    run.resolved, run.enumeration, run.sample_groups, run.stop, show, retry_failed=run.retry_failed
-                )
-        except Exception:
-            run.abandon()
-            raise
+            try:
+                run.outcome = _attempt(run, show)
+            except Exception as error:
+                run.abandon()
+                if isinstance(error, UserError) or not made.committed:
+                    raise
+                # Only what fails without progress uses up Prefect's retries: a run of days meets more faults than that.
+                log().warning("the run failed and goes on", error=f"{type(error).__name__}: {error}")
+
+
+def _attempt(run: Run, show: Callable[[Progress], None]) -> Outcome:
+    assert run.enumeration is not None
+    with writing(run.resolved.storage.root):
+        return make_samples(
+            run.resolved, run.enumeration, run.sample_groups, run.stop, show, retry_failed=run.retry_failed
+        )
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
