@@ -38,7 +38,8 @@ def main() -> None:
             found.append({"rows": rows, **{role: _measured(role, folder, arguments) for role in ROLES}})
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps({"target": TARGET, "batch_size": arguments.batch_size, "found": found}) if arguments.json else _table(found))
+    said = {"target": TARGET, "batch_size": arguments.batch_size, "found": found}
+    print(json.dumps(said) if arguments.json else _table(found))
 
 
 def write_prompts(folder: Path, rows: int) -> None:
@@ -75,11 +76,11 @@ def write_prompts(folder: Path, rows: int) -> None:
 
 def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from infra.ray_session import ray_session
+    from infra.storage import Storage
     from pipelines.enumeration import Enumeration
     from pipelines.generate import Job, StopRequest, generate
     from pipelines.graph import Group, place, worker_env
     from pipelines.spec import Budget, Target
-    from infra.storage import Storage
     from stages.write import GeneratorFacts, WriteShards
     from tests.bench.support import null_stages as null
 
@@ -168,7 +169,9 @@ def _measured(role: str, folder: Path, arguments: argparse.Namespace) -> dict[st
 
 
 def _table(found: list[dict[str, Any]]) -> str:
-    lines = [f"{'rows':>8}{'ours, rows/s':>16}{'flowing':>10}{'bare Ray Data':>16}{'ratio':>8}{'driver MiB':>12}{'actors MiB':>12}"]
+    lines = [
+        f"{'rows':>8}{'ours, rows/s':>16}{'flowing':>10}{'bare Ray Data':>16}{'ratio':>8}{'driver MiB':>12}{'actors MiB':>12}"
+    ]
     for row in found:
         ours, theirs = row["ours"], row["baseline"]
         rate, bare = row["rows"] / ours["seconds"], row["rows"] / theirs["seconds"]
@@ -186,7 +189,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000, 100_000], help="sizes to measure")
     parser.add_argument("--batch-size", type=int, default=1024, help="rows in a batch of ours")
     parser.add_argument("--writers", type=int, default=2, help="actors of ours that judge, caption and write")
-    parser.add_argument("--codec", choices=["null", "png"], default="null", help="null: a kilobyte as it is; png: of noise")
+    parser.add_argument(
+        "--codec", choices=["null", "png"], default="null", help="null: a kilobyte as it is; png: of noise"
+    )
     parser.add_argument("--folder", default=None, help="where temporary datasets go")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--role", choices=list(ROLES), help=argparse.SUPPRESS)
