@@ -30,7 +30,12 @@ def pack(batch: Batch) -> pa.Table:
     """A batch as a block of one row."""
     buffers: list[pickle.PickleBuffer] = []
     columns = pickle.dumps(batch, protocol=5, buffer_callback=buffers.append)
-    tensors = pa.array([[buffer.raw() for buffer in buffers]], PAYLOAD.field("tensors").type)
+    raw = [buffer.raw() for buffer in buffers]
+    # By hand: pyarrow 26 never lets go of a memoryview that `pa.array` was given.
+    ends = np.cumsum([0, *(len(tensor) for tensor in raw)], dtype=np.int64)
+    parts = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(raw))]
+    values = pa.Array.from_buffers(pa.large_binary(), len(raw), parts)
+    tensors = pa.ListArray.from_arrays(pa.array([0, len(raw)], pa.int32()), values)
     return pa.table([pa.array([columns], pa.large_binary()), tensors], schema=PAYLOAD)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,6 +57,20 @@ def test_pack_and_unpack_keep_every_column() -> None:
         assert found[name].dtype == column.dtype
         assert np.array_equal(found[name], column)
     assert pack(batch).num_rows == 1
+
+
+def test_pack_does_not_hold_on_to_tensors() -> None:
+    batch = {"frames": np.ones((2, 8), np.uint8), "latents": np.ones((2, 4), np.float32)}
+    before = [sys.getrefcount(column) for column in batch.values()]
+    pack(batch)
+    assert [sys.getrefcount(column) for column in batch.values()] == before
+
+
+@pytest.mark.parametrize("batch", [{}, {"fault": texts(["user: x"])}, {"empty": np.zeros((0, 3), np.float32)}])
+def test_pack_takes_batches_without_tensors(batch: Batch) -> None:
+    found = unpack(pack(batch))
+    assert found.keys() == batch.keys()
+    assert all(np.array_equal(found[name], batch[name]) for name in batch)
 
 
 def test_a_stage_adds_columns_and_every_live_sample_shares_its_cost() -> None:
