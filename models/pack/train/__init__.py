@@ -1,0 +1,1 @@
+"""How the shapes pack is made: one script a part, each resumable. See models/pack/README.md."""

@@ -1,0 +1,131 @@
+"""Train the pack's denoiser and its text encoder together: flow matching on latents, with prompt dropout.
+
+    python -m models.pack.train.denoiser [--minutes 240]
+
+x_s = (1 - s) x + s e for noise e and s in 0..1; the model is given x_s, 1000 s and the prompt, and learns e - x. Where the
+prompt is left out, it is the empty one, as guidance asks for. Some steps train on first frames alone: images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from models.pack.grammar import Figure, Scene, Shot, abridge
+from models.pack.phrases import describe, parse
+from models.pack.train.loop import Training, arguments, precision, set_up, stream
+from models.pack.train.text import WIDTH, build_encoder, build_tokenizer, embed, tokens
+
+CONFIG: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 4,
+    "attention_head_dim": 60,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": WIDTH,
+    "freq_dim": 128,
+    "ffn_dim": 720,
+    "num_layers": 7,
+    "rope_max_seq_len": 64,
+}
+DROPOUT = 0.1
+"""Share of prompts left out."""
+SHORTENED = 0.25
+"""Share of prompts that leave something unsaid."""
+IMAGES = 0.08
+"""Share of steps on images."""
+SHIFT = 2.0
+"""Towards noise: s = SHIFT u / (1 + (SHIFT - 1) u)."""
+
+
+def main() -> None:
+    options = arguments(__doc__, steps=60_000, batch_size=32, learning_rate=1e-3).parse_args()
+    device = set_up(options)
+    torch.manual_seed(options.seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, Path(options.folder) / "text_encoder").to(device)
+    training = Training("denoiser", model, options)
+    data = Latents(Path(options.folder) / "latents")
+    denoise = torch.compile(model["transformer"]) if options.compile else model["transformer"]
+
+    def make(step: int) -> tuple[np.ndarray, list[str]]:
+        return data.batch(stream(options.seed, step), options.batch_size)
+
+    def loss(step: int, batch: tuple[np.ndarray, list[str]]) -> dict[str, torch.Tensor]:
+        latents, prompts = batch
+        with precision(device):
+            prompt_embeds = embed(model["text_encoder"], *tokens(tokenizer, prompts, device))
+            return {"flow": flow_loss(denoise, torch.as_tensor(latents).to(device).float(), prompt_embeds)}
+
+    training.run(make, loss)
+    model.load_state_dict(training.average.weights)
+    for part in ("transformer", "text_encoder"):
+        model[part].save_pretrained(Path(options.folder) / "denoiser" / part, safe_serialization=True)
+    tokenizer.save_pretrained(Path(options.folder) / "denoiser" / "tokenizer")
+
+
+def build_model(tokenizer: Any, text_encoder: Path) -> nn.ModuleDict:
+    """The denoiser with random weights, and the text encoder as `text.py` left it, if it did."""
+    from diffusers import WanTransformer3DModel
+    from transformers import UMT5EncoderModel
+
+    encoder = UMT5EncoderModel.from_pretrained(text_encoder) if text_encoder.exists() else build_encoder(tokenizer)
+    return nn.ModuleDict({"transformer": WanTransformer3DModel(**CONFIG), "text_encoder": encoder})
+
+
+def flow_loss(denoise: Callable[..., Any], latents: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the velocity, each sample at a noise level of its own: even in u, spread over the batch."""
+    count = len(latents)
+    even = (torch.rand(()) + torch.arange(count) / count) % 1
+    sigma = (SHIFT * even / (1 + (SHIFT - 1) * even)).to(latents.device)
+    noise = torch.randn(latents.shape).to(latents.device)
+    mix = sigma[:, None, None, None, None]
+    velocity = denoise((1 - mix) * latents + mix * noise, 1000 * sigma, prompt_embeds, return_dict=False)[0]
+    return (velocity.float() - (noise - latents)).square().mean()
+
+
+class Latents:
+    """All encoded clips in memory, with the scenes they show."""
+
+    def __init__(self, folder: Path) -> None:
+        files = sorted(path for path in folder.glob("*.npz") if ".part" not in path.name)
+        if not files:
+            raise SystemExit(f"there are no latents in {folder}: run `python -m models.pack.train.latents` first")
+        parts = [np.load(path) for path in files]
+        self.latents = np.concatenate([part["latents"] for part in parts])
+        self.scenes = [_scene(str(prompt)) for part in parts for prompt in part["prompts"]]
+
+    def batch(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[str]]:
+        """Latents float16 [size, 16, T, 8, 8] and a prompt for each, T = 1 in some batches."""
+        chosen = rng.integers(len(self.latents), size=size)
+        image = rng.random() < IMAGES
+        prompts = [_prompt(_first_frame(self.scenes[at]) if image else self.scenes[at], rng) for at in chosen]
+        return self.latents[chosen][:, :, : 1 if image else None], prompts
+
+
+def _scene(prompt: str) -> Scene:
+    scene = parse(prompt)
+    assert scene is not None
+    return scene
+
+
+def _first_frame(scene: Scene) -> Scene:
+    shot = scene.shots[0]
+    still = tuple(Figure(figure.shape, figure.colour, figure.size) for figure in shot.figures)
+    return Scene((Shot(still, shot.background),))
+
+
+def _prompt(scene: Scene, rng: np.random.Generator) -> str:
+    drawn = rng.random()
+    if drawn < DROPOUT:
+        return ""
+    return describe(abridge(scene, rng) if drawn < DROPOUT + SHORTENED else scene, rng)
+
+
+if __name__ == "__main__":
+    main()

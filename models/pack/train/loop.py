@@ -1,0 +1,179 @@
+"""The loop that every part of the pack is trained with: resumable, stopped by the clock, the same data at the same step.
+
+Step n draws its data and its noise from (seed, n) alone. A run that was stopped and goes on therefore does what a run that
+was never stopped would have done, on the same kind of machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+CHECKPOINT_MINUTES = 4.0
+LOG_STEPS = 50
+
+
+def arguments(doc: str | None, *, steps: int, batch_size: int, learning_rate: float) -> argparse.ArgumentParser:
+    """What every script takes; each adds its own."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("out/pack"), help="where states and checkpoints are kept")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time; run again to go on")
+    parser.add_argument("--steps", type=int, default=steps, help="steps in all, over which the learning rate falls")
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make data ahead; 0 for none")
+    parser.add_argument("--compile", action="store_true", help="compile the model, worth it on a GPU")
+    return parser
+
+
+def set_up(options: argparse.Namespace) -> torch.device:
+    """The device to train on: a GPU where there is one."""
+    torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def precision(device: torch.device) -> torch.autocast:
+    """bfloat16 where it is fast, else float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def stream(seed: int, *place: int) -> np.random.Generator:
+    """The random numbers of one place in a training: (seed, step), or more."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *place])))
+
+
+class Average:
+    """Exponential moving average of a model's weights, quick at first: what is evaluated and shipped."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.9995) -> None:
+        self.decay = decay
+        self.weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        keep = min(self.decay, (1 + step) / (10 + step))
+        for name, weight in model.state_dict().items():
+            if weight.dtype.is_floating_point:
+                self.weights[name].lerp_(weight, 1 - keep)
+            else:
+                self.weights[name].copy_(weight)
+
+
+@dataclass
+class Training:
+    """A model in training. `state` in `folder` holds everything that is needed to go on."""
+
+    name: str
+    model: nn.Module
+    options: argparse.Namespace
+    average: Average = field(init=False)
+    step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+        )
+        self.average = Average(self.model)
+        self._load()
+
+    @property
+    def state(self) -> Path:
+        return Path(self.options.folder) / f"{self.name}.state.pt"
+
+    def run(self, make: Callable[[int], Any], loss: Callable[[int, Any], dict[str, torch.Tensor]]) -> None:
+        """Train until the steps or the minutes are over. `make(step)` is data, in numpy; `loss` gives terms to add up."""
+        ended = time.monotonic() + 60 * self.options.minutes
+        saved = logged = time.monotonic()
+        sums: dict[str, float] = {}
+        first = self.step
+        for data in _ahead(make, range(self.step, self.options.steps), self.options.workers):
+            torch.manual_seed(self.options.seed * 1_000_003 + self.step)
+            self._rate()
+            terms = loss(self.step, data)
+            total = torch.stack(list(terms.values())).sum()
+            if not torch.isfinite(total):
+                raise FloatingPointError(f"{self.name}: the loss is {total.item()} at step {self.step}")
+            self.optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.average.update(self.model, self.step)
+            self.step += 1
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(term.detach())
+            if self.step % LOG_STEPS == 0 or self.step - first == 1:
+                count = 1 if self.step - first == 1 else min(LOG_STEPS, self.step - first - 1)
+                seconds = (time.monotonic() - logged) / count
+                said = "  ".join(f"{name} {value / count:.5f}" for name, value in sums.items())
+                print(f"{self.name} {self.step:6d}  {said}  {seconds:.3f} s a step", flush=True)
+                sums, logged = {}, time.monotonic()
+            if time.monotonic() - saved > 60 * CHECKPOINT_MINUTES:
+                self.save()
+                saved = time.monotonic()
+            if time.monotonic() > ended:
+                break
+        self.save()
+
+    def save(self) -> None:
+        """Write the state under another name first, so that a kill leaves the old one or the new one."""
+        self.state.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.state.with_suffix(".part")
+        torch.save(
+            {
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "average": self.average.weights,
+                "optimizer": self.optimizer.state_dict(),
+            },
+            beside,
+        )
+        beside.replace(self.state)
+
+    def _load(self) -> None:
+        if not self.state.exists():
+            return
+        found = torch.load(self.state, map_location=next(self.model.parameters()).device, weights_only=True)
+        self.model.load_state_dict(found["model"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.average.weights = found["average"]
+        self.step = found["step"]
+        print(f"{self.name}: going on at step {self.step}", flush=True)
+
+    def _rate(self) -> None:
+        """Warm up over the first hundredth, then fall along a cosine to a fiftieth."""
+        done = self.step / max(1, self.options.steps)
+        share = min(1.0, 100 * done + 0.01) * (0.51 + 0.49 * math.cos(math.pi * done))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * share
+
+
+class _Steps(torch.utils.data.Dataset):
+    def __init__(self, make: Callable[[int], Any], steps: range) -> None:
+        self.make, self.steps = make, steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, at: int) -> Any:
+        return self.make(self.steps[at])
+
+
+def _ahead(make: Callable[[int], Any], steps: range, workers: int) -> Iterable[Any]:
+    """Data of each step in order, made by other processes while the model trains if there are any."""
+    if not workers:
+        return map(make, steps)
+    return torch.utils.data.DataLoader(
+        _Steps(make, steps), batch_size=None, num_workers=workers, prefetch_factor=4, collate_fn=None
+    )
