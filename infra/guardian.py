@@ -31,9 +31,9 @@ def guarded() -> Iterator[None]:
         return
     before = os.environ.get(MARK)
     mark = os.environ[MARK] = uuid4().hex
-    # By its path and isolated: it imports nothing but the standard library.
+    # By its path and isolated: it imports nothing but the standard library. Inside of another the other speaks for it.
     guardian = subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, mark],
+        [sys.executable, "-I", "-S", __file__, mark, *(["quiet"] if before else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
@@ -72,7 +72,7 @@ def end(mark: str, grace: float = GRACE_SECONDS) -> None:
 
 
 if __name__ == "__main__":
-    if sys.stdin.buffer.read() != GOODBYE:
+    if sys.stdin.buffer.read() != GOODBYE and "quiet" not in sys.argv:
         # Ray ends a driver at once, without a word, when its session is gone.
         line = "ditmill: the run was killed, or its Ray session was; run the same command again to resume"
         print(line, file=sys.stderr, flush=True)

@@ -15,6 +15,8 @@ from infra.guardian import guarded
 REPO = Path(__file__).resolve().parent.parent
 ROOMS = ("flows", "pipelines", "stages", "models", "infra")
 
+CENTRAL = ("raylet", "gcs_server")
+
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -66,11 +68,38 @@ def ray_session(
                     log_to_driver=verbose,
                 )
             stack.callback(ray.shutdown)
+            _own.clear()
+            if address is None:
+                _own.update(_children())
         found = ray.cluster_resources()
         asked = limits or {}
         cpus = min(found.get("CPU", 1.0), asked.get("cpus", float("inf")))
         gpus = min(found.get("GPU", 0.0), asked.get("gpus", float("inf")))
         yield {"cpus": cpus, "gpus": gpus}
+
+
+def session_lives() -> bool:
+    """Whether the Ray session that this process started, if it did, is whole.
+
+    Ray ends a process at once, without a word, a few seconds after it has lost its raylet or control store; whoever looks
+    before can end the session properly and start another.
+    """
+    return not _own or _own <= _children()
+
+
+_own: set[tuple[str, int]] = set()
+"""The central processes of the session that this process started: name and pid."""
+
+
+def _children() -> set[tuple[str, int]]:
+    import psutil
+
+    found = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if child.name() in CENTRAL and child.status() != psutil.STATUS_ZOMBIE:
+                found.add((child.name(), child.pid))
+    return found
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from infra.tables import Table
 from infra.telemetry import log
 from pipelines.decisions import count_accepted
 from pipelines.enumeration import Batches, Enumeration
-from pipelines.feed import Feeder, check_nodes
+from pipelines.feed import Feeder
 from pipelines.graph import GraphBroke, Group, in_flight, results
 from pipelines.idset import IdSet
 from pipelines.ledger import Ledger, rows_cost
@@ -213,7 +213,6 @@ class _Run:
         while broke:
             lost, broke = self.drive(batches, groups, in_flight(groups))
             if lost:
-                check_nodes()
                 log().warning("batches were lost with their workers; each is tried again by itself", batches=len(lost))
             # Most of them only stood beside the one that killed the worker: each gets the graph to itself.
             lost, _ = self.drive(iter(lost), groups, 1, to_the_end=True)

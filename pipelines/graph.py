@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infra.ray_session import session_lives
 from stages.batch import Batch, Stage, WorldFault
 
 if TYPE_CHECKING:
@@ -158,6 +159,8 @@ def results(
             try:
                 item = out.get(timeout=TICK_SECONDS)
             except queue.Empty:
+                if not session_lives():
+                    raise WorldFault("the Ray session lost its raylet or its control store") from None
                 yield {}
                 continue
             if item is None:
