@@ -13,6 +13,7 @@ from infra.prefect_session import prefect_session, wait_until_up
 from infra.ray_session import ray_session
 from infra.storage import reaching
 from infra.telemetry import configure
+from models.pack import cache_dir
 
 if TYPE_CHECKING:
     from pipelines.spec import Spec
@@ -53,7 +54,7 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
     limits: dict[str, float] = dict(spec.compute.limits)  # type: ignore[arg-type]
     with (
         redirect_stdout(sys.stderr),  # Ray prints what befalls its workers; stdout is for results
-        prefect_session(),
+        prefect_session(cache_dir()),
         ray_session(spec.compute.ray_address, env, limits),
         console(shown),
     ):

@@ -28,10 +28,10 @@ STOP_SECONDS = 5.0
 
 
 @contextlib.contextmanager
-def prefect_session() -> Iterator[None]:
+def prefect_session(cache: Path) -> Iterator[None]:
     """A server starts in the background; what is inside must call `wait_until_up` before it uses Prefect.
 
-    Prefect reads its settings when it is first imported: import it inside.
+    Prefect reads its settings when it is first imported: import it inside. `cache` is a folder for what can be made again.
     """
     if os.environ.get("PREFECT_API_URL"):
         yield
@@ -53,7 +53,7 @@ def prefect_session() -> Iterator[None]:
     os.environ.update(env)
     ending = threading.Event()
     # With the environment as it is now: what is set later (a guardian's mark) is not meant for the server.
-    arguments = (listening, home, dict(os.environ), ending)
+    arguments = (listening, home, cache, dict(os.environ), ending)
     keeper = threading.Thread(target=_keep, args=arguments, name="prefect-server", daemon=True)
     keeper.start()
     try:
@@ -70,9 +70,9 @@ def prefect_session() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _keep(listening: socket.socket, home: Path, env: dict[str, str], ending: threading.Event) -> None:
+def _keep(listening: socket.socket, home: Path, cache: Path, env: dict[str, str], ending: threading.Event) -> None:
     """Keep a server running. The kernel ends it with the thread that started it: this one, which stays to the end."""
-    command = [sys.executable, "-P", prefect_server.__file__, str(listening.fileno()), str(os.getpid())]
+    command = [sys.executable, "-P", prefect_server.__file__, str(listening.fileno()), str(os.getpid()), str(cache)]
     with (home / "server.log").open("ab") as output:
         pause = 1.0
         while True:
