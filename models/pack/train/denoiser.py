@@ -58,7 +58,7 @@ def main() -> None:
 
     def loss(step: int, batch: tuple[np.ndarray, list[str]]) -> dict[str, torch.Tensor]:
         latents, prompts = batch
-        with precision(device):
+        with precision(options, device):
             prompt_embeds = embed(model["text_encoder"], *tokens(tokenizer, prompts, device))
             return {"flow": flow_loss(denoise, torch.as_tensor(latents).to(device).float(), prompt_embeds)}
 

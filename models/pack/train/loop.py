@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CHECKPOINT_MINUTES = 4.0
 LOG_STEPS = 50
@@ -33,6 +35,7 @@ def arguments(doc: str | None, *, steps: int, batch_size: int, learning_rate: fl
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
     parser.add_argument("--workers", type=int, default=0, help="processes that make data ahead; 0 for none")
+    parser.add_argument("--bfloat16", action="store_true", help="on a CPU too, worth it where it has avx512_bf16")
     parser.add_argument("--compile", action="store_true", help="compile the model, worth it on a GPU")
     return parser
 
@@ -44,9 +47,13 @@ def set_up(options: argparse.Namespace) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def precision(device: torch.device) -> torch.autocast:
-    """bfloat16 where it is fast, else float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+@contextmanager
+def precision(options: argparse.Namespace, device: torch.device) -> Iterator[None]:
+    """bfloat16 where it is fast, else float32. On a CPU attention is then written out: the fused one is slow backwards."""
+    enabled = device.type == "cuda" or options.bfloat16
+    attention = sdpa_kernel(SDPBackend.MATH) if enabled and device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled), attention:
+        yield
 
 
 def stream(seed: int, *place: int) -> np.random.Generator:
@@ -92,13 +99,18 @@ class Training:
     def state(self) -> Path:
         return Path(self.options.folder) / f"{self.name}.state.pt"
 
-    def run(self, make: Callable[[int], Any], loss: Callable[[int, Any], dict[str, torch.Tensor]]) -> None:
-        """Train until the steps or the minutes are over. `make(step)` is data, in numpy; `loss` gives terms to add up."""
+    def run(
+        self, make: Callable[[int], Any], loss: Callable[[int, Any], dict[str, torch.Tensor]], until: int | None = None
+    ) -> None:
+        """Train until the minutes or the steps are over, or at step `until`.
+
+        `make(step)` gives the data of a step, made by a worker where there are any; `loss` gives terms to add up.
+        """
         ended = time.monotonic() + 60 * self.options.minutes
         saved = logged = time.monotonic()
         sums: dict[str, float] = {}
         first = self.step
-        for data in _ahead(make, range(self.step, self.options.steps), self.options.workers):
+        for data in _ahead(make, range(self.step, until or self.options.steps), self.options.workers):
             torch.manual_seed(self.options.seed * 1_000_003 + self.step)
             self._rate()
             terms = loss(self.step, data)

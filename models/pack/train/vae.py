@@ -62,7 +62,7 @@ def main() -> None:
 
     def loss(step: int, data: np.ndarray) -> dict[str, torch.Tensor]:
         pixels = to_pixels(data, device)
-        with precision(device):
+        with precision(options, device):
             posterior = model.encode(pixels).latent_dist
             off = _decode_open(model, posterior.sample()).float() - pixels
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()

@@ -1,0 +1,98 @@
+"""The scripts that make the shapes pack: a stopped training goes on as if it had not stopped, parts fit each other."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.pack.grammar import abridge, sample_scenes
+from models.pack.phrases import VOCABULARY, describe
+from models.pack.train.denoiser import CONFIG as DENOISER
+from models.pack.train.denoiser import flow_loss
+from models.pack.train.loop import Training, stream
+from models.pack.train.text import TOKENS, WIDTH, build_encoder, build_tokenizer, embed, tokens
+from models.pack.train.vae import CONFIG as VAE
+from models.pack.train.vae import clips, encode, to_frames, to_pixels
+
+
+def _train(folder: Path, until: int) -> Training:
+    torch.manual_seed(0)
+    options = argparse.Namespace(folder=folder, minutes=float("inf"), steps=20, learning_rate=1e-2, seed=3, workers=0)
+    training = Training("line", torch.nn.Linear(3, 1), options)
+
+    def loss(step: int, data: np.ndarray) -> dict[str, torch.Tensor]:
+        given = torch.as_tensor(data) + 0.1 * torch.randn(4, 3)
+        return {"error": (training.model(given) - given.sum(dim=1, keepdim=True)).square().mean()}
+
+    training.run(lambda step: stream(3, step).standard_normal((4, 3), dtype=np.float32), loss, until)
+    return training
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path):
+    whole = _train(tmp_path / "whole", 20)
+    _train(tmp_path / "parts", 7)
+    assert (tmp_path / "parts" / "line.state.pt").exists()
+    parts = _train(tmp_path / "parts", 20)
+    assert parts.step == whole.step == 20
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, parts.model.state_dict()[name])
+        assert torch.equal(whole.average.weights[name], parts.average.weights[name])
+
+
+def test_the_tokenizer_knows_the_grammar_and_marks_all_else():
+    tokenizer = build_tokenizer()
+    known = tokenizer(sorted(VOCABULARY), add_special_tokens=False).input_ids
+    assert tokenizer.unk_token_id not in {token for ids in known for token in ids}
+    ids = tokenizer("A red cat.").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "red", "<unk>", ".", "</s>"]
+
+
+def test_prompts_fit_into_the_tokens_of_the_denoiser():
+    tokenizer, rng = build_tokenizer(), stream(0, 0)
+    scenes = sample_scenes(rng, 900)
+    scenes += [abridge(scene, rng) for scene in scenes]
+    lengths = [len(ids) for ids in tokenizer([describe(scene, rng) for scene in scenes]).input_ids]
+    assert max(lengths) < TOKENS - 4
+
+
+def test_embeddings_are_zero_where_there_is_no_token():
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    ids, mask = tokens(tokenizer, ["a red circle", ""], torch.device("cpu"))
+    made = embed(build_encoder(tokenizer), ids, mask)
+    assert made.shape == (2, TOKENS, WIDTH)
+    assert (made[0, 4:] == 0).all() and (made[1, 1:] == 0).all() and (made[0, :4] != 0).any(dim=1).all()
+
+
+def test_the_vae_gives_latents_that_the_denoiser_takes():
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    torch.manual_seed(0)
+    vae, denoiser = AutoencoderKLWan(**VAE), WanTransformer3DModel(**DENOISER)
+    latents = encode(vae, clips(0, 0, 2, 17))
+    assert latents.shape == (2, 16, 5, 8, 8)
+    loss = flow_loss(denoiser, latents, torch.randn(2, TOKENS, WIDTH))
+    assert loss.isfinite() and loss > 0
+    assert sum(weight.numel() for weight in denoiser.parameters()) <= 7_500_000
+
+
+def test_flow_loss_is_nothing_for_the_true_velocity_and_variance_of_noise_for_none():
+    latents = torch.zeros(64, 16, 5, 8, 8)
+
+    def truth(mixed: torch.Tensor, time: torch.Tensor, prompt: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        # With x = 0 the noise is the mixture over its noise level, and the velocity is the noise.
+        return (mixed / (time / 1000)[:, None, None, None, None],)
+
+    assert flow_loss(truth, latents, torch.empty(0)).item() == pytest.approx(0, abs=1e-6)
+    nothing = flow_loss(lambda mixed, *_, **__: (torch.zeros_like(mixed),), latents, torch.empty(0))
+    assert nothing.item() == pytest.approx(1, abs=0.01)
+
+
+def test_pixels_come_back_as_they_were():
+    frames = clips(0, 1, 2, 5)
+    assert frames.shape == (2, 5, 64, 64, 3)
+    assert np.array_equal(to_frames(to_pixels(frames, torch.device("cpu"))), frames)
