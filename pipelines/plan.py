@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import yaml
 
 from infra.storage import reaching
@@ -21,6 +24,7 @@ from pipelines.records import unique_records
 from pipelines.resolve import resolve_spec, sampler_plan
 from pipelines.run import Cluster, check_dataset, sample_groups
 from pipelines.spec import Spec, absolute_paths
+from pipelines.unknown_words import CHUNK, unknown_lines
 
 START_SECONDS = 20.0
 """Ray and Prefect, beside loading models, on a small machine."""
@@ -50,6 +54,7 @@ class PlanReport:
     licences: dict[str, Licence]
     missing: tuple[str, ...]
     estimate: Estimate | None
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -70,6 +75,7 @@ class PlanReport:
             ],
             "licences": {model: asdict(licence) for model, licence in self.licences.items()},
             "missing_models": list(self.missing),
+            "warnings": list(self.warnings),
             "estimate": None if self.estimate is None else asdict(self.estimate),
         }
 
@@ -97,7 +103,15 @@ def make_plan(spec: Spec, calibrate: bool = True) -> PlanReport:
     if calibrate and found.new:
         measured = calibration.calibrate(run)
         estimate = None if measured is None else _estimate(found.new, run.spec.layout.batch_size, groups, measured)
-    return PlanReport(spec, records, found.planned, found, groups, dict(run.licences), (), estimate)
+    warnings = tuple(unknown_lines(run, _first_prompts(spec)))
+    return PlanReport(spec, records, found.planned, found, groups, dict(run.licences), (), estimate, warnings)
+
+
+def _first_prompts(spec: Spec) -> Iterator[pa.Array]:
+    """Some of the prompts that will be sampled; none where a language model has yet to write them."""
+    if spec.prompts.expand is None or spec.prompts.expand.keep_original:
+        first = islice(unique_records(spec), CHUNK)
+        yield pa.array([record.prompt for record in first], pa.string())
 
 
 def local_cluster(spec: Spec) -> Cluster:
@@ -136,6 +150,7 @@ def render(plan: PlanReport, name: str) -> str:
         lines.append(
             f"  licence of {model}: {licence.name}; may outputs train others? {licence.may_train} ({licence.why})"
         )
+    lines += [f"  warning: {warning}" for warning in plan.warnings]
     if plan.missing:
         lines.append(f"  not on this machine, so no estimate: {', '.join(plan.missing)}; `ditmill run` fetches them")
     lines.append("  resolved spec:")

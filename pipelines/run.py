@@ -29,6 +29,7 @@ from pipelines.prompts import commit_prompts
 from pipelines.recipes import RECIPES
 from pipelines.resolve import Resolved, code_version
 from pipelines.run_log import redact
+from pipelines.unknown_words import warn_of_unknown_words
 
 LIBRARIES = ("torch", "diffusers", "transformers", "ray", "prefect", "deltalake", "pyarrow", "av", "numpy")
 
@@ -101,6 +102,7 @@ def expand(run: Resolved, groups: Callable[[], tuple[Group, ...]]) -> tuple[Enum
     report = RecordReport()
     with beating(Pulse(run.storage, run.run_id), "prompts", dict):
         plan_file = commit_prompts(run, groups, report)
+        warn_of_unknown_words(run, plan_file)
     log().info("prompts", **{key: value for key, value in report.as_dict().items() if key != "examples"})
     return (
         Enumeration(
