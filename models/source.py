@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from infra.errors import UserError
-from models.pack import PARTS, cache_dir, pack_folder
+from models.pack import PARTS, cache_dir, pack_part
 
 LOADED = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Suffixes of the files that loaders read: these are hashed, and these are fetched."""
@@ -44,7 +44,10 @@ def resolve(uri: str, part: str, revision: str | None = None) -> str:
     if uri.startswith("pack://"):
         if part not in PARTS:
             raise UserError(f"{key}: {uri} has no {part}; a pack has: {', '.join(PARTS)}")
-        path = Path(pack_folder(uri.removeprefix("pack://").strip("/"))) / part
+        try:
+            path = pack_part(uri.removeprefix("pack://").strip("/"), part)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
     elif "://" in uri:
         path = _fetch(uri, key)
     else:

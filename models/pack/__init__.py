@@ -23,19 +23,42 @@ def _build_tiny(folder: Path) -> None:
     build(folder)
 
 
-PACKS: dict[str, tuple[str, Callable[[Path], None]]] = {"tiny": ("1", _build_tiny)}
-"""Version and builder of each pack. A pack's bytes never change under one version: they are part of sample ids."""
+BUILT: dict[str, tuple[str, Callable[[Path], None]]] = {"tiny": ("1", _build_tiny)}
+"""Version and builder of packs that are built on first use. Under one version the bytes stay: they are in sample ids."""
+
+SHIPPED = {"shapes": Path(__file__).parent / "shapes"}
+"""Packs whose weights come with ditmill."""
+
+PARTS = ("generator", "judge", "expander")
+
+_WITHOUT = {
+    "generator": "",
+    "judge": ", or judge.backend: none and caption: null",
+    "expander": ", or leave prompts.expand out",
+}
+"""What one may do without a part, beside taking that of another pack."""
+
+
+def pack_part(name: str, part: str) -> Path:
+    """Checkpoint folder of one of PARTS; UserError where the pack has no such part."""
+    folder = Path(pack_folder(name)) / part
+    if not folder.is_dir():
+        raise UserError(f"pack://{name} has no {part} yet: use pack://tiny{_WITHOUT[part]}")
+    return folder
 
 
 @cache
 def pack_folder(name: str) -> str:
-    """Folder of the pack `name`, built on first use. It holds one checkpoint folder for each of PARTS.
+    """Folder of the pack `name`, built on first use if it is not shipped. It holds a checkpoint folder for each of PARTS.
 
     Safe with any number of processes at once: each builds under a name of its own, and the first rename wins.
     """
-    if name not in PACKS:
-        raise UserError(f"pack://{name}: there is no such pack; there are: {', '.join(sorted(PACKS))}")
-    version, build = PACKS[name]
+    if name in SHIPPED:
+        return str(SHIPPED[name])
+    if name not in BUILT:
+        there = ", ".join(sorted([*BUILT, *SHIPPED]))
+        raise UserError(f"pack://{name}: there is no such pack; there are: {there}")
+    version, build = BUILT[name]
     folder = cache_dir() / "packs" / f"{name}-{version}"
     if folder.is_dir():
         return str(folder)
@@ -52,6 +75,3 @@ def pack_folder(name: str) -> str:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return str(folder)
-
-
-PARTS = ("generator", "judge", "expander")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import UserError
+from models import pack
 from models.source import content_sha256, resolve
 
 
@@ -37,6 +38,27 @@ def test_resolve_missing_model_is_one_clear_line(uri: str, words: str) -> None:
     assert words in text
     assert "\n" not in text
     assert text.startswith(("generators.model: ", "pack://"))
+
+
+@pytest.mark.parametrize(
+    ("part", "key"), [("generator", "generators.model"), ("judge", "judge.model"), ("expander", "prompts.expand.model")]
+)
+def test_resolve_says_which_part_a_pack_lacks_and_what_to_use(
+    part: str, key: str, tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pack whose weights are shipped, one part at a time."""
+    shipped = tmp_path / "shapes"
+    shutil.copytree(tiny_pack, shipped)
+    monkeypatch.setitem(pack.SHIPPED, "shapes", shipped)
+    pack.pack_folder.cache_clear()
+    try:
+        assert resolve("pack://shapes", part) == str(shipped / part)
+        shutil.rmtree(shipped / part)
+        with pytest.raises(UserError, match=f"^{key}: pack://shapes has no {part} yet: use pack://tiny") as error:
+            resolve("pack://shapes", part)
+        assert "\n" not in str(error.value)
+    finally:
+        pack.pack_folder.cache_clear()
 
 
 def test_resolve_names_the_key_of_its_part() -> None:
