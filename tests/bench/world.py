@@ -21,6 +21,7 @@ import numpy as np
 from models.pack.grammar import KINDS, Scene, sample_scenes
 from models.pack.oracle import match, read
 from models.pack.phrases import describe
+from models.pack.train.intervals import wilson
 from models.pack.world import PALETTE, render
 from tests.bench.support.contact_sheet import contact_sheet
 from tests.bench.support.flaws import MILD, Flaw, blank_clips, blends, noise_clips
@@ -106,17 +107,6 @@ def unreadable(rng: np.random.Generator, scenes: list[Scene], n: int) -> dict[st
             counts[name][0] += sum(read(clip).scene is None for clip in clips)
             counts[name][1] += len(clips)
     return {name: (right, asked) for name, (right, asked) in counts.items()}
-
-
-def wilson(right: int, asked: int) -> tuple[float, float]:
-    """95% interval of a share."""
-    if not asked:
-        return 0.0, 1.0
-    z, share = 1.96, right / asked
-    middle = share + z * z / (2 * asked)
-    spread = z * ((share * (1 - share) + z * z / (4 * asked)) / asked) ** 0.5
-    scale = 1 + z * z / asked
-    return (middle - spread) / scale, (middle + spread) / scale
 
 
 def _kinds(scenes: list[Scene]) -> dict[str, list[Scene]]:
