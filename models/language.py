@@ -14,6 +14,7 @@ import numpy as np
 from infra.errors import UserError
 from models.chat import control_tokens, explain, plain_text, prepare, starts_itself
 from models.placement import device_of, dtype_of, quiet
+from models.weights import refuse_missing
 
 if TYPE_CHECKING:
     import torch
@@ -56,12 +57,15 @@ class Language:
         with quiet():
             try:
                 self.tokenizer = AutoTokenizer.from_pretrained(ref.path)
-                model = AutoModelForCausalLM.from_pretrained(ref.path, dtype=dtype_of(ref.dtype, self.device))
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    ref.path, dtype=dtype_of(ref.dtype, self.device), output_loading_info=True
+                )
             except Exception as error:
                 raise UserError(
                     f"prompts.expand.model: {ref.path}: cannot be loaded as a language model ({explain(error)}); "
                     "expected a checkpoint for transformers' AutoModelForCausalLM"
                 ) from error
+        refuse_missing(info["missing_keys"], "prompts.expand.model", ref.path)
         self.model = model.to(self.device).eval()
         self.context = min(
             getattr(self.model.config, "max_position_embeddings", TOKENS_PER_FORWARD), TOKENS_PER_FORWARD

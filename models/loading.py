@@ -10,6 +10,7 @@ from typing import Any, Literal
 from infra.errors import UserError
 from models.families import Family
 from models.placement import device_of, dtype_of
+from models.weights import refuse_meta, text_models
 
 Part = Literal["encode", "sample", "decode"]
 
@@ -58,21 +59,23 @@ def load_pipeline(ref: GeneratorRef, family: Family | None, part: Part) -> Any:
     device = device_of(ref.device)
     dtype = dtype_of(ref.dtype, device)
     arguments: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
+    components = read_index(ref.path)
     if family is not None:
-        components = read_index(ref.path)
         arguments |= dict.fromkeys(_left_out(ref, components, part))
         if family.float32_vae and "vae" not in arguments:
             arguments["dtype"] = {"default": dtype, "vae": torch.float32}
     if ref.remote_code:
         arguments |= {"custom_pipeline": ref.remote_code, "custom_revision": ref.revision, "trust_remote_code": True}
     try:
+        arguments |= text_models(ref.path, components, set(arguments), dtype)
         # By its own class: diffusers' generic one does not let go of components that a pipeline calls optional.
         pipeline = getattr(diffusers, family.pipeline) if family is not None else diffusers.DiffusionPipeline
         pipe = pipeline.from_pretrained(ref.path, **arguments)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
         raise UserError(f"generators.model: {ref.path} cannot be loaded ({_first_line(error)})") from error
+    refuse_meta(pipe, ref.path)
     _add_adapters(pipe, ref)
     pipe.set_progress_bar_config(disable=True)
     _place(pipe, ref, device)

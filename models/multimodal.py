@@ -17,6 +17,7 @@ import numpy as np
 from infra.errors import UserError
 from models.chat import control_tokens, explain, plain_text, prepare, starts_itself
 from models.placement import device_of, dtype_of, quiet
+from models.weights import refuse_missing
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,9 @@ class Multimodal:
         with quiet():
             try:
                 self.processor = AutoProcessor.from_pretrained(ref.path)
-                model = AutoModelForImageTextToText.from_pretrained(ref.path, dtype=dtype_of(ref.dtype, self.device))
+                model, info = AutoModelForImageTextToText.from_pretrained(
+                    ref.path, dtype=dtype_of(ref.dtype, self.device), output_loading_info=True
+                )
             except Exception as error:
                 hint = (
                     ""
@@ -71,6 +74,7 @@ class Multimodal:
                     f"judge.model, caption.model: {ref.path}: cannot be loaded as a multimodal model ({explain(error)}); "
                     f"expected a checkpoint for transformers' AutoModelForImageTextToText{hint}"
                 ) from error
+        refuse_missing(info["missing_keys"], "judge.model, caption.model", ref.path)
         if self.processor.chat_template is None:
             raise UserError(
                 f"judge.model, caption.model: {ref.path}: its processor has no chat template; add chat_template.jinja"
