@@ -19,6 +19,7 @@ from models.language import LanguageRef
 from models.licences import Licence, licence_of
 from models.loading import GeneratorRef, read_index
 from models.multimodal import MultimodalRef
+from models.pack import marks
 from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
 from pipelines.identity import generator_id
@@ -134,7 +135,19 @@ class Resolved:
         judge = self.spec.judge
         if judge.backend == "call":
             return f"{judge.call}@{judge.version}"
+        if judge.backend == "oracle":
+            return f"oracle@{marks.VERSION}"
         return f"{judge.model}@{content_sha256(self.judge.path)[:12]}" if self.judge else ""
+
+
+def _check_oracle(rubric: Rubric) -> None:
+    """Refuse a rubric that asks what the oracle does not mark."""
+    others = [question.name for question in rubric.questions if question.name not in marks.QUESTIONS]
+    if others:
+        raise UserError(
+            f"judge.rubric: {rubric.name} asks {', '.join(others)}; judge.backend: oracle marks "
+            f"{', '.join(marks.QUESTIONS)} and nothing else"
+        )
 
 
 def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
@@ -142,8 +155,10 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
     spec = absolute_paths(spec)
     storage = storage_of(spec)
     rubric = load_rubric(spec.judge.rubric)
-    if spec.judge.backend == "transformers":
+    if spec.judge.backend in ("transformers", "oracle"):
         check_thresholds(rubric, spec.judge.thresholds)
+    if spec.judge.backend == "oracle":
+        _check_oracle(rubric)
     plan = sampler_plan(spec)
     generators, facts, ids = [], [], []
     licences: dict[str, Licence] = {}

@@ -226,9 +226,10 @@ class Score(Section):
 class Judge(Section):
     """The model that scores, and the bar."""
 
-    backend: Literal["transformers", "call", "none"] = Field(
+    backend: Literal["transformers", "call", "oracle", "none"] = Field(
         "transformers",
-        description="transformers in process; call: your own code; none: what ScoreMedia leaves is accepted.",
+        description="transformers in process; call: your own code; oracle: classical vision that knows the shapes world "
+        "and nothing else, for tests and benches; none: what ScoreMedia leaves is accepted.",
     )
     model: str = Field(DEFAULT_PACK, description="A multimodal model in transformers' checkpoint format.")
     revision: str | None = Field(None, description="Hub revision.")

@@ -12,6 +12,7 @@ import numpy as np
 
 from infra.errors import UserError
 from models.multimodal import MultimodalRef, evenly_spaced, load_multimodal
+from models.pack.marks import marks
 from stages.batch import Batch, jsons, load_json, size, texts
 from stages.rubric import Rubric
 
@@ -26,6 +27,9 @@ class JudgeQuality:
     Backend `call` imports `call` ('module:function'). The function takes the batch (see stages/batch.py; frames are uint8
     [n, T, H, W, 3]) and returns {name: n floats}, higher being better. A name that has a threshold in the spec takes part
     in the verdict, the others only score; the rubric plays no part.
+
+    Backend `oracle` marks clips of the small world with 1 or 0 (models/pack/marks.py), for tests and benches: it looks at
+    all frames, and a prompt outside the world's grammar fails with `judge_failed`.
     """
 
     rubric: Rubric
@@ -45,14 +49,18 @@ class JudgeQuality:
     def load(self) -> None:
         if self.backend == "call":
             import_call(self.call or "")
-        else:
+        elif self.backend != "oracle":
             import torch
 
             torch.set_num_threads(self.threads)
             load_multimodal(self._model)
 
     def __call__(self, batch: Batch) -> Batch:
-        answers = self._call(batch) if self.backend == "call" else self._ask(batch)
+        failed = [""] * size(batch)
+        if self.backend == "oracle":
+            answers, failed = self._mark(batch)
+        else:
+            answers = self._call(batch) if self.backend == "call" else self._ask(batch)
         rows = [{name: float(column[row]) for name, column in answers.items()} for row in range(size(batch))]
         unsound = [[name for name, value in row.items() if not math.isfinite(value)] for row in rows]
         bars = self.bars()
@@ -62,7 +70,10 @@ class JudgeQuality:
             old + [{"name": name, "value": value} for name, value in row.items() if math.isfinite(value)]
             for old, row in zip(before, rows, strict=True)
         ]
-        errors = [f"the judge's answer to {', '.join(bad)} is no finite number" if bad else "" for bad in unsound]
+        errors = [
+            why or (f"the judge's answer to {', '.join(bad)} is no finite number" if bad else "")
+            for why, bad in zip(failed, unsound, strict=True)
+        ]
         return batch | {
             "scores": jsons(scores),
             "verdict": texts([verdict for verdict, _ in decisions]),
@@ -88,6 +99,22 @@ class JudgeQuality:
         questions = [[question.format(prompt, total) for question in asked] for prompt in batch["prompt"]]
         p_yes = load_multimodal(self._model).p_yes(evenly_spaced(batch["frames"], self.num_frames), questions)
         return {question.name: p_yes[:, column] for column, question in enumerate(asked)}
+
+    def _mark(self, batch: Batch) -> tuple[dict[str, np.ndarray], list[str]]:
+        """The oracle's marks, NaN where it has none, and for each row why."""
+        total = batch["frames"].shape[1]
+        asked = [question.name for question in self.rubric.questions if question.asked(total)]
+        answers = {name: np.full(size(batch), math.nan) for name in asked}
+        failed = [""] * size(batch)
+        for row, (frames, prompt) in enumerate(zip(batch["frames"], batch["prompt"], strict=True)):
+            try:
+                found = marks(frames, str(prompt))
+            except ValueError as error:
+                failed[row] = str(error)
+                continue
+            for name in asked:
+                answers[name][row] = found[name]
+        return answers, failed
 
     def _call(self, batch: Batch) -> dict[str, np.ndarray]:
         answers = import_call(self.call or "")(batch)

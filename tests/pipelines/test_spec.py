@@ -37,7 +37,10 @@ def mistake(data: dict[str, Any], *overrides: str) -> str:
         ({"seed": "x"}, "seed: expected a whole number, found 'x'. Enters the noise"),
         ({"seed": 2**63}, "seed: expected less than 9223372036854775808, found 9223372036854775808"),
         ({"layout": {"batch_size": 0}}, "layout.batch_size: expected at least 1, found 0. Samples denoised together"),
-        ({"judge": {"backend": "oracle"}}, "judge.backend: expected 'transformers', 'call' or 'none', found 'oracle'"),
+        (
+            {"judge": {"backend": "vllm"}},
+            "judge.backend: expected 'transformers', 'call', 'oracle' or 'none', found 'vllm'",
+        ),
         ({"judge": {"backend": "call"}}, "judge: backend `call` needs call: 'module:function' and a version"),
         ({"judge": {"thresholds": {"a": "b"}}}, "judge.thresholds.a: expected a number, found 'b'"),
         ({"output": {"tensors": {"foo": "float32"}}}, "output.tensors.foo: expected 'latents', found 'foo'"),

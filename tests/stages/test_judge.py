@@ -10,6 +10,8 @@ import pytest
 
 from infra.errors import UserError
 from models.multimodal import MultimodalRef, load_multimodal
+from models.pack.phrases import parse
+from models.pack.world import render
 from stages.batch import Batch, jsons, load_json, texts
 from stages.judge import JudgeQuality, decide
 from stages.rubric import load_rubric
@@ -164,3 +166,52 @@ def test_judge_pickles_without_its_model(judge):
     assert pickle.loads(pickle.dumps(judge)) == judge
     assert len(pickle.dumps(judge)) < 10_000
     assert json.dumps(judge.rubric.model_dump())
+
+
+def oracle() -> JudgeQuality:
+    return JudgeQuality(load_rubric("default"), backend="oracle")
+
+
+def rendered(shown: list[str], asked: list[str], num_frames: int = 17) -> Batch:
+    scenes = [parse(prompt) for prompt in shown]
+    return batch(len(shown)) | {
+        "prompt": texts(asked),
+        "frames": render(scenes, range(len(shown)), num_frames=num_frames),
+    }
+
+
+def test_the_oracle_accepts_clips_that_show_their_prompt_and_no_others():
+    shown = ["a small red circle moving right on a white background", "a large blue star at rest on a black background"]
+    data = rendered(shown * 2, [shown[0], "a blue star", shown[1], "a blue star spinning"])
+    judge = oracle()
+    judge.load()
+    out = judge(data)
+    assert [row["prompt_match"] for row in scores(out)] == [1, 1, 0, 0]
+    assert all(row["no_artefacts"] == row["motion_smooth"] == 1 for row in scores(out))
+    assert list(out["verdict"]) == ["accepted", "accepted", "rejected", "rejected"]
+    assert load_json(out["reasons"])[2] == ["prompt_match 0.00 < 0.5"]
+
+
+def test_the_oracle_rejects_noise_flicker_and_jumps():
+    prompt = "a large red square moving right on a white background"
+    data = rendered([prompt] * 4, [prompt] * 4)
+    rng, frames = np.random.default_rng(0), data["frames"]
+    frames[1] = rng.integers(0, 256, frames[1].shape)
+    frames[2, ::2] = frames[2, ::2] * 0.93
+    frames[3] = frames[3][rng.permutation(17)]
+    out = oracle()(data)
+    assert [(row["no_artefacts"], row["motion_smooth"]) for row in scores(out)] == [(1, 1), (0, 0), (1, 0), (1, 0)]
+
+
+def test_the_oracle_looks_at_images_without_motion():
+    prompt = "a picture of a small red circle on a white background"
+    out = oracle()(rendered([prompt], [prompt], num_frames=1))
+    assert scores(out)[0] == {"sharpness": 0, "prompt_match": 1, "no_artefacts": 1}
+
+
+def test_the_oracle_fails_a_prompt_outside_the_grammar_alone():
+    prompt = "a small red circle moving right on a white background"
+    out = oracle()(rendered([prompt] * 2, ["a red cat sleeping", prompt]))
+    assert list(out["error_type"]) == ["judge_failed", ""]
+    assert out["error"][0] == "the oracle judges prompts of the shapes world only; words outside it: cat, sleeping"
+    assert list(out["verdict"]) == ["", "accepted"]
