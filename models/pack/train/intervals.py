@@ -17,7 +17,7 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
     middle = share + Z * Z / (2 * asked)
     spread = Z * ((share * (1 - share) + Z * Z / (4 * asked)) / asked) ** 0.5
     scale = 1 + Z * Z / asked
-    return (middle - spread) / scale, (middle + spread) / scale
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
 def bootstrap(
