@@ -7,7 +7,6 @@ Weights come from numpy's Philox, so that the same files are written on every ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,12 +122,12 @@ def build_expander(folder: Path) -> None:
     (folder / "README.md").write_text(CARD.format(task="text-generation", part="prompt expander"))
 
 
-def build_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text encodes, and each of `words` is one token."""
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text encodes, and each of `WORDS` is one token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *words, *(f"Ġ{word}" for word in words)]
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *WORDS, *(f"Ġ{word}" for word in WORDS)]
     vocabulary = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

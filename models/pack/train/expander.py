@@ -20,7 +20,7 @@ from torch import nn
 
 from models.pack.grammar import Scene, Shot, abridge, is_complete, keeps, sample_scenes
 from models.pack.phrases import IMAGE_LEADS, VIDEO_LEADS, VOCABULARY, describe, parse, words_outside
-from models.pack.tiny_language import build_tokenizer
+from models.pack.tiny_language import CHAT_TEMPLATE, END, PAD, START
 from models.pack.train.intervals import wilson
 from models.pack.train.loop import Training, arguments, precision, set_up, stream
 
@@ -82,7 +82,7 @@ def main() -> None:
     options = arguments(__doc__, steps=3_000, batch_size=32, learning_rate=2e-3).parse_args()
     device = set_up(options)
     torch.manual_seed(options.seed)
-    tokenizer = build_expander_tokenizer()
+    tokenizer = build_tokenizer()
     model = build_model(tokenizer).to(device)
     training = Training("expander", model, options)
 
@@ -108,12 +108,35 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def build_expander_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each word of the grammar and of the instructions, bytes for all else."""
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each word of the grammar and of the instructions, bytes and pieces for all else.
+
+    It is Qwen2's own kind, with merges and all: by a checkpoint's family alone, loaders choose how they read its tokenizer.
+    """
+    from tokenizers import Tokenizer, models, trainers
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
     text = " ".join([*sorted(VOCABULARY), INSTRUCTION, *OTHERS, "system user assistant"])
-    tokenizer = build_tokenizer(sorted(set(re.findall("[A-Za-z]+", text))))
-    tokenizer.model_max_length = CONTEXT
-    return tokenizer
+    words = sorted(set(re.findall("-?[A-Za-z]+", text)))
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    trainer = trainers.BpeTrainer(  # type: ignore[call-arg]
+        vocab_size=1 << 14, initial_alphabet=sorted(ByteLevel.alphabet()), show_progress=False
+    )
+    trained.train_from_iterator([*words, *(f" {word}" for word in words)], trainer)
+    model = json.loads(trained.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        unk_token=PAD,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[START],
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=CONTEXT,
+    )
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -202,11 +225,11 @@ def export(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None
     (folder / "README.md").write_text(CARD)
 
 
-def measure(path: str, seed: int, count: int = 1000) -> dict[str, Any]:
+def measure(path: str, seed: int, count: int = 1000, variants: int = BARE_VARIANTS) -> dict[str, Any]:
     """How the checkpoint at `path` expands held-out prompts, asked as a run asks: counts (right, asked), and distinct ones.
 
     `in the grammar`: it parses, and no word is foreign. `keeps`: it also says all that the source says. `complete`: and
-    leaves nothing unsaid.
+    leaves nothing unsaid. Where no answer came and the source stands in for it, none of them holds.
     """
     from models.language import LanguageRef, load_language
 
@@ -217,13 +240,14 @@ def measure(path: str, seed: int, count: int = 1000) -> dict[str, Any]:
     for source, answer in zip(sources, answers, strict=True):
         scene, said = parse(answer), parse(source)
         assert said is not None
-        if scene is None or words_outside(answer):
+        image = source.startswith(IMAGE_LEADS[1:])
+        if scene is None or words_outside(answer) or (answer == source and not is_complete(said, image=image)):
             continue
         found["in the grammar"] += 1
         if keeps(scene, said):
             found["keeps"] += 1
-            found["complete"] += is_complete(scene, image=source.startswith(IMAGE_LEADS[1:]))
-    bare = model.expand([BARE], INSTRUCTION, BARE_VARIANTS, TEMPERATURE, MAX_NEW_TOKENS, seed)[0]
+            found["complete"] += is_complete(scene, image=image)
+    bare = model.expand([BARE], INSTRUCTION, variants, TEMPERATURE, MAX_NEW_TOKENS, seed)[0]
     good = {text for text in bare if (scene := parse(text)) is not None and scene.figures[0].shape == "circle"}
     return {"shares": {name: (right, count) for name, right in found.items()}, "distinct": len(good)}
 
