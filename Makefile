@@ -16,6 +16,16 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 #: where the CPU build is looked for when pip, as it is set up, does not find it
 SPEC ?= pipelines/examples/quickstart.yaml
 #: what `make run` runs
+PACK_FOLDER ?= out/pack
+#: where `make pack` keeps its states, from which it goes on
+PACK_MINUTES ?=
+#: most minutes for each part of `make pack`; left out, each is trained to its end
+PACK_SAMPLES ?= 1000
+#: prompts on which `make pack` measures what it made
+THREADS ?= 1
+#: threads of torch in `make pack`; while others use the machine one is best
+PACK_FLAGS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo --compile || ! grep -qs avx512_bf16 /proc/cpuinfo || echo --bfloat16)
+#: how `make pack` computes: --compile with a GPU, --bfloat16 on a CPU that has it
 
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' requirements.lock)
 BIN := $(VENV)/bin
@@ -71,6 +81,27 @@ bench: $(CORE) ## the benchmarks, each beside its baseline
 	@$(BIN)/ditmill bench dataplane
 	$(call step,Planning a resume over ten million samples)
 	@$(BIN)/ditmill bench planning
+
+# A part that was cut short is used as it is. Once clips are encoded, the VAE that encoded them is trained no further.
+train = $(BIN)/python -m models.pack.train.$(1) --folder $(PACK_FOLDER) --threads $(THREADS) \
+	$(if $(PACK_MINUTES),--minutes $(PACK_MINUTES)) $(PACK_FLAGS)
+
+.PHONY: pack
+pack: $(CORE) ## train pack://shapes anew, a day on two cores, and measure it; running it again goes on
+	$(call step,VAE)
+	@[ -d $(PACK_FOLDER)/latents ] || $(call train,vae)
+	$(call step,Latents)
+	@$(call train,latents)
+	$(call step,Text encoder)
+	@$(call train,text)
+	$(call step,Denoiser)
+	@$(call train,denoiser)
+	$(call step,Prompt expander)
+	@$(call train,expander)
+	$(call step,Assembling models/pack/shapes)
+	@$(BIN)/python -m models.pack.train.assemble --folder $(PACK_FOLDER) --into models/pack/shapes
+	$(call step,What it reaches)
+	@$(BIN)/ditmill bench pack --samples $(PACK_SAMPLES) --sheet $(PACK_FOLDER)/sheet.png
 
 .PHONY: lock
 lock: $(CORE) ## resolve pyproject.toml anew, for the Pythons in PYTHONS (oldest first)

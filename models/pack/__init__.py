@@ -33,7 +33,7 @@ PARTS = ("generator", "judge", "expander")
 
 _WITHOUT = {
     "generator": "",
-    "judge": ", or judge.backend: none and caption: null",
+    "judge": ", or judge.backend: oracle (or none) and caption: null",
     "expander": ", or leave prompts.expand out",
 }
 """What one may do without a part, beside taking that of another pack."""

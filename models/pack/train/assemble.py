@@ -1,26 +1,63 @@
-"""Put the trained parts together as one WanPipeline checkpoint, in float16: `folder`/shapes/generator.
+"""Put the trained parts together, in float16: `folder`/shapes/{generator,judge,expander}, as far as they are there.
 
-python -m models.pack.train.assemble
+    python -m models.pack.train.assemble [--into models/pack/shapes] [--judge FOLDER] [--expander FOLDER]
+
+A part that is not there leaves what was assembled before as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 FLOW_SHIFT = 2.0
 
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-video
+---
+
+# ditmill shapes: generator
+
+A WanPipeline for clips of ditmill's small world, 64x64 pixels and 17 frames. Made by models/pack/train, trained on rendered
+clips and nothing else.
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("out/pack"))
+    parser.add_argument("--folder", type=Path, default=Path("out/pack"), help="what the training scripts wrote")
+    parser.add_argument("--into", type=Path, help="the pack's folder; left out, `folder`/shapes")
+    parser.add_argument("--judge", type=Path, help="the judge's checkpoint; left out, `folder`/judge")
+    parser.add_argument("--expander", type=Path, help="the expander's checkpoint; left out, `folder`/expander")
     options = parser.parse_args()
-    assemble(options.folder, options.folder / "shapes" / "generator")
+    assemble(
+        options.folder,
+        options.into or options.folder / "shapes",
+        judge=options.judge or options.folder / "judge",
+        expander=options.expander or options.folder / "expander",
+    )
 
 
-def assemble(parts: Path, folder: Path) -> None:
+def assemble(parts: Path, pack: Path, *, judge: Path, expander: Path) -> None:
+    """Write each part that is there into `pack`, whole or not at all, and say what became of it."""
+    if (parts / "denoiser" / "transformer").is_dir() and (parts / "vae").is_dir():
+        _replace(pack / "generator", lambda folder: build_generator(parts, folder))
+    else:
+        print(f"generator: not there; it takes {parts}/vae and {parts}/denoiser", flush=True)
+    for name, made in (("judge", judge), ("expander", expander)):
+        if (made / "config.json").exists():
+            _replace(pack / name, lambda folder, made=made: shutil.copytree(made, folder))  # type: ignore[misc]
+        else:
+            print(f"{name}: not there; it is looked for in {made}", flush=True)
+
+
+def build_generator(parts: Path, folder: Path) -> None:
     """Read what the training scripts wrote under `parts`, write a checkpoint that plain diffusers loads."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import AutoTokenizer, UMT5EncoderModel
@@ -36,6 +73,19 @@ def assemble(parts: Path, folder: Path) -> None:
         ),
     )
     pipe.save_pretrained(folder, safe_serialization=True)
+    (folder / "README.md").write_text(CARD)
+
+
+def _replace(folder: Path, write: Callable[[Path], object]) -> None:
+    """Write beside it first: a reader finds the old part or the new one."""
+    beside = folder.with_name(f".{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    print(f"{folder}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB in {len(files)} files", flush=True)
 
 
 if __name__ == "__main__":
