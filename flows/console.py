@@ -7,7 +7,10 @@ import sys
 import time
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+
+from infra.telemetry import values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,6 +75,8 @@ class Console:
         else:
             line = {
                 "event": "progress",
+                **values(),
+                "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "accepted": progress.accepted,
                 "rejected": progress.rejected,
                 "failed": progress.failed,

@@ -81,9 +81,9 @@ class Run:
         try:
             removed = [name for attempt in (*self._abandoned, self.resolved) for name in clean_up(attempt)]
         except Exception as error:  # storage that is down or full; the next run sweeps
-            log().warning("could not sweep", error=f"{type(error).__name__}: {error}")
+            log().warning("could not sweep", run_id=self.resolved.run_id, error=f"{type(error).__name__}: {error}")
         else:
-            log().info("swept", files=len(removed))
+            log().info("swept", run_id=self.resolved.run_id, files=len(removed))
 
 
 def _is_worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
@@ -126,11 +126,13 @@ def generate_samples(run: Run) -> None:
             try:
                 run.outcome = _attempt(run, show)
             except Exception as error:
+                failed = run.resolved.run_id
                 run.abandon()
                 if isinstance(error, UserError) or not made.committed:
                     raise
                 # Only what fails without progress uses up Prefect's retries: a run of days meets more faults than that.
-                log().warning("the run failed and goes on", error=f"{type(error).__name__}: {error}")
+                said = f"{type(error).__name__}: {error}"
+                log().warning("the run failed and goes on", run_id=failed, error=said)
 
 
 def _attempt(run: Run, show: Callable[[Progress], None]) -> Outcome:

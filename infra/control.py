@@ -102,7 +102,7 @@ def beating(
                 if pulse.stop_requested():
                     on_stop()
             except OSError as error:
-                log().warning("heartbeat failed", error=str(error))
+                log().warning("heartbeat failed", run_id=pulse.run_id, error=str(error))
             if ending.wait(LOOK_SECONDS):
                 return
 

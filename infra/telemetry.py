@@ -1,10 +1,14 @@
-"""Logs: structlog, bound with run_id, stage and sample_id; JSON lines on stderr, in Ray workers too."""
+"""Logs: structlog, bound with run_id, stage and sample_id; JSON lines on stderr, in Ray workers too.
+
+A worker's stderr is a file of its Ray session; Ray hands it on to the driver's where the level is INFO or DEBUG.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
@@ -12,12 +16,13 @@ import structlog
 LEVEL = "DITMILL_LOG_LEVEL"
 
 
-def configure(**bound: str) -> None:
-    """Set up structlog in this process and bind values to every line. Calling it again rebinds."""
+def configure(**everywhere: str) -> None:
+    """Set up structlog in this process and bind values to every line of it. Calling it again rebinds."""
     level = logging.getLevelNamesMapping().get(os.environ.get(LEVEL, "WARNING").upper(), logging.WARNING)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            _with_values,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
@@ -25,11 +30,31 @@ def configure(**bound: str) -> None:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=lambda *_: structlog.WriteLogger(sys.stderr),  # what stderr is by then
         cache_logger_on_first_use=False,
     )
     structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(**bound)
+    _values.clear()
+    _values.update(everywhere)
+
+
+_values: dict[str, str] = {}
+"""Of the whole process: Ray makes an actor in one thread and calls it in others, which share no context variables."""
+
+
+def _with_values(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for name, value in _values.items():
+        event.setdefault(name, value)
+    return event
+
+
+bound = structlog.contextvars.bound_contextvars
+"""`with bound(stage="judge"):` binds values to the lines of a block. Threads that it starts begin without them."""
+
+
+def values() -> dict[str, Any]:
+    """What is bound to a line that is written here and now."""
+    return {**_values, **structlog.contextvars.get_contextvars()}
 
 
 def log() -> Any:

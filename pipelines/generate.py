@@ -219,7 +219,7 @@ class _Run:
             singles = (take(batch, np.array([at])) for batch in lost for at in range(size(batch)))
             died, _ = self.drive(singles, groups, 1, to_the_end=True) if lost else ([], False)
             for batch in died:
-                log().warning("sample failed", sample_id=batch["sample_id"][0], error_type="worker_died")
+                log().warning("sample failed", stage="", sample_id=batch["sample_id"][0], error_type="worker_died")
                 self.commits.add([_worker_died(self.job, batch)])
                 self.progress.failed += 1
 

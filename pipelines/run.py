@@ -20,7 +20,7 @@ from infra.errors import UserError
 from infra.schema import RUNS, SCHEMA_VERSION
 from infra.storage import reaching, writing
 from infra.tables import Table, dataset_exists, read_dataset_json
-from infra.telemetry import log
+from infra.telemetry import bound, log
 from pipelines.dedup import RecordReport
 from pipelines.enumeration import Enumeration
 from pipelines.generate import Job, Outcome, Progress, StopRequest, generate
@@ -100,10 +100,10 @@ def commit_run_row(run: Resolved, event: str, **values: Any) -> None:
 def expand(run: Resolved, groups: Callable[[], tuple[Group, ...]]) -> tuple[Enumeration, RecordReport]:
     """Commit the run's prompts; the enumeration of its samples."""
     report = RecordReport()
-    with beating(Pulse(run.storage, run.run_id), "prompts", dict):
+    with bound(run_id=run.run_id), beating(Pulse(run.storage, run.run_id), "prompts", dict):
         plan_file = commit_prompts(run, groups, report)
         warn_of_unknown_words(run, plan_file)
-    log().info("prompts", **{key: value for key, value in report.as_dict().items() if key != "examples"})
+        log().info("prompts", **{key: value for key, value in report.as_dict().items() if key != "examples"})
     return (
         Enumeration(
             storage=run.storage,
@@ -141,13 +141,15 @@ def make_samples(
         retry_failed=retry_failed,
     )
     try:
-        outcome = generate(job, groups, stop, report)
+        with bound(run_id=run.run_id):
+            outcome = generate(job, groups, stop, report)
     except BaseException as error:
         failed = known | {"extra_json": json.dumps({**ids, "error": str(error)[:2000]})}
         try:
             commit_run_row(run, "ended", status="failed", **failed)
         except Exception as second:  # the storage may be what failed
-            log().warning("could not record how the run ended", error=f"{type(second).__name__}: {second}")
+            said = f"{type(second).__name__}: {second}"
+            log().warning("could not record how the run ended", run_id=run.run_id, error=said)
         raise
     progress = outcome.progress
     commit_run_row(
