@@ -128,8 +128,10 @@ class Storage:
             with open(temporary, "wb") as local:  # noqa: PTH123
                 yield local
             os.replace(temporary, path)  # noqa: PTH105
-        except BaseException:
+        except BaseException as error:
             Path(temporary).unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = path  # a full disk does not say which
             raise
 
     def create_bytes(self, name: str, data: bytes) -> bool:

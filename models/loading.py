@@ -74,7 +74,10 @@ def load_pipeline(ref: GeneratorRef, family: Family | None, part: Part) -> Any:
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        raise UserError(f"generators.model: {ref.path} cannot be loaded ({_first_line(error)})") from error
+        raise UserError(
+            f"generators.model: {ref.path} cannot be loaded ({_first_line(error)}); give a whole checkpoint in the format of"
+            " diffusers"
+        ) from error
     refuse_meta(pipe, ref.path)
     _add_adapters(pipe, ref)
     pipe.set_progress_bar_config(disable=True)

@@ -39,7 +39,7 @@ def text_models(path: str, components: dict[str, Any], skipped: set[str], dtype:
     for name, value in components.items():
         if not isinstance(value, list) or value[0] != "transformers" or name in skipped:
             continue
-        made_by = getattr(transformers, str(value[1]), None)
+        made_by: Any = getattr(transformers, str(value[1]), None)
         if isinstance(made_by, type) and issubclass(made_by, transformers.PreTrainedModel):
             folder = str(Path(path, name))
             found[name], info = made_by.from_pretrained(

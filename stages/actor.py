@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from infra.errors import UserError
 from infra.storage import refused
-from infra.telemetry import configure, log
+from infra.telemetry import bound, configure, log
 from stages.batch import Batch, SampleError, Stage, WorldFault, size, take, texts
 
 PAYLOAD = pa.schema([("columns", pa.large_binary()), ("tensors", pa.list_(pa.large_binary()))])
@@ -125,14 +125,17 @@ class StageActor:
         began = time.perf_counter()
         self._idle += began - self._last
         number = int(batch["batch_index"][0])
+        at = ""
         try:
             if self._fault:
                 return _faulty(number, self._fault)
             for stage in self.stages:
-                batch, seconds = run_stage(stage, batch, self.accelerators)
+                at = stage.name
+                with bound(stage=at):
+                    batch, seconds = run_stage(stage, batch, self.accelerators)
                 self._shared += seconds / self.accelerators if self.accelerators else 0.0
         except Exception as error:
-            log().error("batch failed", exc_info=True, batch_index=number)
+            log().error("batch failed", exc_info=True, stage=at, batch_index=number)
             return _faulty(number, _fault(error))
         finally:
             self._last = time.perf_counter()
@@ -256,7 +259,8 @@ def _fault(error: Exception) -> str:
     if isinstance(error, UserError):
         return f"user: {error}"
     if isinstance(error, OSError) and (said := refused(error)):
-        return f"user: output.uri: cannot be written ({said}: {error.filename}); free space or choose another place"
+        where = f": {error.filename}" if error.filename else ""
+        return f"user: output.uri: cannot be written ({said}{where}); free space or choose another place"
     return f"world: {type(error).__name__}: {error}"
 
 
