@@ -1,22 +1,27 @@
-"""What holds in every test: the environment, set before any test imports torch, ray or prefect, and the tiny pack."""
+"""What holds in every test: the environment, set before any imports torch, ray or prefect; the tiny pack; a Ray session."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
 
 if TYPE_CHECKING:
     from infra.storage import Storage
+    from pipelines.generate import Outcome, Progress, StopRequest
+    from pipelines.run import Cluster
+    from pipelines.spec import Spec
 
 REPO = Path(__file__).parents[1]
 
@@ -104,3 +109,107 @@ def tiny_image_to_video(tiny_pack: Path, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("image-to-video")
     WanImageToVideoPipeline(transformer=transformer, **parts).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that tests/faults/own_judge.py looks at, to know whether to do harm."""
+    return tmp_path_factory.mktemp("world")
+
+
+@pytest.fixture(scope="module")
+def cluster(world: Path) -> Iterator[Cluster]:
+    """One Ray session for a module, whose workers find tests/faults/own_judge.py."""
+    from infra.ray_session import ray_session
+    from pipelines.graph import worker_env
+    from pipelines.run import Cluster
+
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = str(REPO / "tests" / "faults")
+    os.environ["DITMILL_TEST_WORLD"] = str(world)
+    try:
+        with ray_session(None, worker_env(1)) as found:
+            yield Cluster(found["cpus"], found["gpus"])
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class Runner:
+    """Takes specs through all but Prefect, the report and the card, on one Ray session."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def __call__(
+        self,
+        spec: Spec,
+        stop: StopRequest | None = None,
+        report: Callable[[Progress], Any] = lambda _: None,
+        retry: bool = False,
+    ) -> Outcome:
+        from infra.storage import writing
+        from pipelines.generate import StopRequest
+        from pipelines.resolve import resolve_spec
+        from pipelines.run import clean_up, expand, make_samples, open_dataset, sample_groups
+
+        found = resolve_spec(spec)
+        open_dataset(found)
+        groups = lambda: sample_groups(found, self._cluster)  # noqa: E731
+        try:
+            with writing(found.storage.root):
+                enumeration, _ = expand(found, groups)
+                outcome = make_samples(found, enumeration, groups, stop or StopRequest(), report, retry_failed=retry)
+        except BaseException:
+            with suppress(OSError):  # the disk may be full
+                clean_up(found)
+            raise
+        clean_up(found)
+        return outcome
+
+    @staticmethod
+    def spec(root: Path, prompts: dict[str, Any], **keys: Any) -> Spec:
+        """A spec of pack://tiny and the test's own judge that is quick on a CPU, with keys replaced by `keys`."""
+        from pipelines.spec import parse_spec
+
+        spec: dict[str, Any] = {
+            "prompts": {"near_duplicates": "ignore", **prompts},
+            "layout": {"batch_size": 4},
+            "sampler": {"num_inference_steps": 2},
+            "judge": {"backend": "call", "call": "own_judge:score", "version": "1", "thresholds": {"worth": 0.5}},
+            "score": {"reject_duplicates": False},
+            "caption": None,
+            "output": {"uri": str(root), "commit_every": 0.1},
+        }
+        return parse_spec(spec | keys)
+
+    @staticmethod
+    def rows(root: Path, table: str) -> list[dict[str, Any]]:
+        """What a table of the dataset holds."""
+        from infra.storage import Storage
+        from infra.tables import Table
+
+        return Table(Storage(str(root)), table).read().to_pylist()
+
+    @classmethod
+    def check(cls, root: Path, outcome: Outcome) -> None:
+        """All promises hold, and all of what actors held is in a row's cost or in the run's overhead."""
+        from infra.storage import Storage
+        from pipelines.verify import verify
+
+        assert list(map(str, verify(Storage(str(root))))) == []
+        run = max((row for row in cls.rows(root, "runs") if row["event"] == "ended"), key=lambda row: row["created_at"])
+        assert run["status"] == outcome.status
+        assert run["allocated_accelerator_seconds"] == outcome.allocated
+        rows = [row for table in ("samples", "failures") for row in cls.rows(root, table)]
+        spent = sum(
+            cost["accelerator_seconds"] for row in rows if row["run_id"] == run["run_id"] for cost in row["cost"]
+        )
+        overhead = json.loads(run["overhead_json"])
+        assert spent + sum(overhead.values()) == pytest.approx(outcome.allocated, rel=0.02)
+        assert min(overhead.values()) >= 0
+
+
+@pytest.fixture(scope="module")
+def run(cluster: Cluster) -> Runner:
+    return Runner(cluster)

@@ -1,7 +1,9 @@
-"""Makes `harness` importable for the tests beside it, and one undisturbed run that all compare with."""
+"""Makes `harness` importable for the tests beside it; a run that nobody disturbed, and a disk that can be filled."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,3 +29,15 @@ def reference(tmp_path_factory: pytest.TempPathFactory, tiny_pack: Path) -> Iter
     assert launch.left_over() == []
     dataset = Watched(folder / "reference")
     yield Reference(spec, dataset, dataset.latents())
+
+
+@pytest.fixture(scope="module")
+def disk(world: Path) -> Iterator[Path]:
+    """A small disk of its own where this user may mount one, else a folder."""
+    folder = world / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "ditmill-test", str(folder)]
+    mounted = shutil.which("mount") is not None and subprocess.run(mount, capture_output=True).returncode == 0
+    yield folder
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)

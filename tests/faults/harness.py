@@ -243,6 +243,14 @@ def write_spec(path: Path, **changes: Any) -> Path:
     return path
 
 
+def documented(heading: str) -> list[list[str]]:
+    """The rows of the table below a heading of docs/operations.md, as plain cells."""
+    page = (REPO / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    return [[cell.strip().replace("`", "") for cell in row] for row in rows[1:]]
+
+
 def _look(pid: int) -> Process | None:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()

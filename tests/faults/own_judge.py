@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
-MENDED = "DITMILL_TEST_MENDED"
+WORLD = "DITMILL_TEST_WORLD"
+"""Environment variable: a folder. Once it holds `mended` the judge does no harm; `disk` in it is a small disk, if mounted."""
 
 
 def score(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """1 for each sample, 0 where the prompt says 'poor'; raises, kills its process or gives NaN where it says so."""
-    mended = Path(os.environ.get(MENDED, "/nowhere")).exists()
+    """1 for each sample, 0 where the prompt says 'poor'; where it says so, it raises, kills its process, gives NaN or
+    leaves no space on the disk."""
+    world = Path(os.environ[WORLD])
+    mended = (world / "mended").exists()
     values = np.ones(len(batch["prompt"]))
     for at, prompt in enumerate(batch["prompt"]):
         if "poor" in prompt:
@@ -26,4 +31,24 @@ def score(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             os.kill(os.getpid(), signal.SIGKILL)
         if "nothing" in prompt:
             values[at] = np.nan
+        if "fill" in prompt:
+            fill(world / "disk")
     return {"worth": values}
+
+
+def fill(disk: Path) -> None:
+    """Take all the space of a disk; where it is none of its own, let this process find none at the last step of a write."""
+    if not disk.is_mount():
+        os.replace = os.link = _no_space
+        return
+    with (disk / "ballast").open("ab", buffering=0) as ballast:
+        try:
+            while True:
+                ballast.write(bytes(4096))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+
+
+def _no_space(source: object, path: object) -> NoReturn:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
