@@ -287,7 +287,8 @@ def vacuum(dataset: Dataset, dry_run: Annotated[bool, typer.Option(help="Only li
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
-    context: typer.Context, name: Annotated[str, typer.Argument(help="Which: overhead, dataplane, planning, world, pack.")]
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Which: overhead, dataplane, planning, world, pack.")],
 ) -> None:
     """Run a benchmark; each prints a ratio against its baseline in the same run. Needs a checkout."""
     import subprocess
