@@ -96,6 +96,11 @@ pack: $(CORE) ## train pack://shapes anew, a day on two cores, and measure it; r
 	@$(call train,text)
 	$(call step,Denoiser)
 	@$(call train,denoiser)
+	$(call step,Judge)
+	@$(call train,eyes)
+	@$(call train,flaws) --vae $(PACK_FOLDER)/vae
+	@$(call train,flaws) --vae $(PACK_FOLDER)/vae --split held_out --clips 256
+	@$(call train,judge)
 	$(call step,Prompt expander)
 	@$(call train,expander)
 	$(call step,Assembling models/pack/shapes)

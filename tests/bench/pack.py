@@ -27,6 +27,7 @@ from models.loading import GeneratorRef
 from models.pack import PARTS
 from models.pack.grammar import KINDS
 from models.pack.phrases import describe
+from models.pack.train.judge_exam import auroc, ece
 from models.pack.train.loop import stream
 from models.plan import SamplerPlan
 from models.source import resolve
@@ -36,8 +37,6 @@ from tests.bench.support.figures import Figure, resampled, share, table
 from tests.bench.support.pack_parts import (
     Generated,
     altered,
-    auroc,
-    calibration_error,
     captioned,
     generate,
     held_out,
@@ -162,16 +161,14 @@ def judge(path: str, made: Generated, options: argparse.Namespace) -> Iterator[F
 
     rng = stream(options.seed, 6_200_000)
     others = [altered(scene, rng) for scene in made.asked.scenes]
-    truth = np.asarray([float(all(row.values())) for row in made.right])
+    truth = np.asarray([all(row.values()) for row in made.right])
     wrong = [all(match(seen, scene).values()) for seen, scene in zip(made.readings, others, strict=True)]
     own, seconds = judged(path, made, made.asked.prompts, options.batch_size, say)
     other, _ = judged(path, made, [describe(scene, rng) for scene in others], options.batch_size, say)
-    both, all_truth = np.concatenate([own, other]), np.concatenate([truth, np.asarray(wrong, float)])
+    both, all_truth = np.concatenate([own, other]), np.concatenate([truth, np.asarray(wrong)])
     for title, scores, labels in (("own prompts", own, truth), ("own and altered prompts", both, all_truth)):
         yield resampled("judge", f"AUROC of prompt_match, {title}", auroc, scores, labels, target=0.97)
-        yield resampled(
-            "judge", f"calibration error, {title}", calibration_error, scores, labels, target=0.05, sense="at most"
-        )
+        yield resampled("judge", f"calibration error, {title}", ece, scores, labels, target=0.05, sense="at most")
     yield Figure("judge", "a question on a clip, CPU-seconds", seconds, unit="s")
     for style, target in (("short", 0.90), ("dense", None)):
         right, asked = captioned(path, made, style, options.batch_size, say)

@@ -17,7 +17,7 @@ from models.pack.train.intervals import bootstrap, wilson
 from models.pack.train.loop import stream
 from models.pack.world import render
 from tests.bench.support.figures import Figure, share, table
-from tests.bench.support.pack_parts import altered, auroc, calibration_error, held_out
+from tests.bench.support.pack_parts import altered, held_out
 
 
 def test_wilson_is_the_textbook_interval() -> None:
@@ -31,20 +31,6 @@ def test_bootstrap_of_a_mean_is_about_two_standard_errors_wide() -> None:
     low, high = bootstrap(lambda each: float(each.mean()), values)
     assert low < values.mean() < high
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
-
-
-def test_auroc_counts_pairs_in_order_and_ties_half() -> None:
-    assert auroc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0.0, 0.0, 1.0, 1.0])) == 0.75
-    assert auroc(np.array([0.5, 0.5, 0.5]), np.array([0.0, 1.0, 1.0])) == 0.5
-    assert np.isnan(auroc(np.array([0.1, 0.9]), np.ones(2)))
-
-
-def test_calibration_error_is_nothing_for_honest_scores_and_the_gap_for_others() -> None:
-    scores = np.repeat([0.25, 0.75], 1000)
-    truth = np.concatenate([np.repeat([1.0, 0.0], [250, 750]), np.repeat([1.0, 0.0], [750, 250])])
-    assert calibration_error(scores, truth) == pytest.approx(0, abs=1e-9)
-    assert calibration_error(np.full(2000, 0.9), truth) == pytest.approx(0.4)
-    assert calibration_error(np.ones(10), np.ones(10)) == 0
 
 
 def test_held_out_prompts_are_complete_sentences_of_the_grammar() -> None:

@@ -42,7 +42,6 @@ from stages.sample import SampleLatents
 Progress = Callable[[str], None]
 
 VALUES: dict[str, tuple[Any, ...]] = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "motion": MOTIONS}
-BINS = 10
 
 
 @dataclass(frozen=True)
@@ -210,24 +209,6 @@ def captioned(path: str, made: Generated, style: str, batch_size: int, say: Prog
             right += bool(said and is_complete(said, image=image) and all(match(made.readings[at], said).values()))
         say(f"captioned {start + len(rows)} of {len(clear)}, {style}")
     return right, len(clear)
-
-
-def auroc(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Chance that a true one scores above a false one, ties half; NaN where one of the two is missing."""
-    positives = int(truth.sum())
-    negatives = len(truth) - positives
-    if not positives or not negatives:
-        return float("nan")
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    return float((ranks[truth.astype(bool)].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def calibration_error(scores: np.ndarray, truth: np.ndarray) -> float:
-    """Mean distance between P(yes) and the share that is true, over ten bins of equal width, weighed by what is in them."""
-    bins = np.minimum((scores * BINS).astype(int), BINS - 1)
-    gaps = [abs(float((scores - truth)[bins == at].sum())) for at in range(BINS)]
-    return sum(gaps) / len(scores)
 
 
 def load_seconds(paths: dict[str, str]) -> dict[str, float]:
