@@ -40,7 +40,8 @@ def text_models(path: str, components: dict[str, Any], skipped: set[str], dtype:
         if not isinstance(value, list) or value[0] != "transformers" or name in skipped:
             continue
         made_by: Any = getattr(transformers, str(value[1]), None)
-        if isinstance(made_by, type) and issubclass(made_by, transformers.PreTrainedModel):
+        is_model = isinstance(made_by, type) and issubclass(made_by, transformers.PreTrainedModel)
+        if is_model:
             folder = str(Path(path, name))
             found[name], info = made_by.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True
