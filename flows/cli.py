@@ -42,6 +42,11 @@ def main() -> None:
     except UserError as error:
         print(f"ditmill: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        if not (mistake := _cache_refused(error)):
+            raise
+        print(f"ditmill: {mistake}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 @app.command()
@@ -345,6 +350,20 @@ def _nbytes(text: str | None) -> int | None:
         return int(float(number) * units[text[len(number) :]])
     except (ValueError, KeyError) as error:
         raise UserError(f"--pack: expected a size such as 512MB, found {text!r}") from error
+
+
+def _cache_refused(error: OSError) -> str:
+    """What to tell a user whose cache (packs, fetched models, Prefect's database) is full or may not be written."""
+    from infra.storage import refused
+    from models.pack import cache_dir
+
+    said, cache = refused(error), cache_dir()
+    if not said or not isinstance(error.filename, str):
+        return ""
+    refusing = Path(error.filename)
+    if not (refusing.is_relative_to(cache) or cache.is_relative_to(refusing)):
+        return ""
+    return f"DITMILL_CACHE: {error.filename} cannot be written ({said}); free space, or set it to a folder of your own"
 
 
 def _worker_environment() -> None:

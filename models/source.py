@@ -5,6 +5,7 @@ Only safetensors are read. A checkpoint that has nothing but pickles is refused,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -235,9 +236,14 @@ def _file_sha256(file: Path) -> str:
         pass
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=entry.parent)
-    with os.fdopen(handle, "w") as out:
-        json.dump([*known, digest], out)
-    Path(temporary).replace(entry)
+    with contextlib.suppress(OSError):  # a cache that is full or read-only costs time, and no more
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=entry.parent)
+        try:
+            with os.fdopen(handle, "w") as out:
+                json.dump([*known, digest], out)
+            Path(temporary).replace(entry)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     return digest

@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
@@ -37,9 +37,9 @@ def score(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def fill(disk: Path) -> None:
-    """Take all the space of a disk; where it is none of its own, let this process find none at the last step of a write."""
+    """Take all the space of a disk; where it is none of its own, this process finds none there when a write ends."""
     if not disk.is_mount():
-        os.replace = os.link = _no_space
+        os.replace, os.link = _full(os.replace, disk), _full(os.link, disk)
         return
     with (disk / "ballast").open("ab", buffering=0) as ballast:
         try:
@@ -50,5 +50,10 @@ def fill(disk: Path) -> None:
                 raise
 
 
-def _no_space(source: object, path: object) -> NoReturn:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+def _full(step: Callable[..., None], disk: Path) -> Callable[..., None]:
+    def refuse(source: str | Path, path: str | Path) -> None:
+        if Path(path).is_relative_to(disk):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        step(source, path)
+
+    return refuse

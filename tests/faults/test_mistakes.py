@@ -22,6 +22,7 @@ class Mistake(NamedTuple):
     spec: str
     says: tuple[str, str, str]
     command: str = "run"
+    cache: str = ""
 
 
 MISTAKES = (
@@ -93,6 +94,12 @@ MISTAKES = (
         ("output.uri", "/sys/ditmill cannot be written", "choose another place"),
     ),
     Mistake(
+        "a read-only cache",
+        "generators: [{model: 'file://$model'}]",
+        ("DITMILL_CACHE", "/sys/ditmill cannot be written", "set it to a folder of your own"),
+        cache="/sys/ditmill",
+    ),
+    Mistake(
         "a full disk",
         "output: {uri: $full}",
         ("output.uri", "cannot be written (No space left on device)", "free space"),
@@ -121,7 +128,8 @@ def places(tiny_pack: Path, disk: Path, tmp_path_factory: pytest.TempPathFactory
     (root / "tall.jsonl").write_text('{"prompt": "a dog"}\n{"prompt": "a cat", "height": "tall"}\n')
     shutil.copytree(REPO / "tests" / "data" / "v1", root / "v1")
     names = ("short", "partial", "garbled", "pickled", "broken.jsonl", "tall.jsonl", "nowhere", "v1")
-    return {name.split(".")[0]: str(root / name) for name in names} | {"full": str(disk / "full")}
+    made = {name.split(".")[0]: str(root / name) for name in names}
+    return made | {"model": str(tiny_pack / "generator"), "full": str(disk / "full")}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
@@ -144,6 +152,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     spec = {"prompts": {"inline": ["a dog"]}, "output": {"uri": "out"}}
     spec |= yaml.safe_load(Template(mistake.spec).substitute(places))
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    if mistake.cache:
+        monkeypatch.setenv("DITMILL_CACHE", mistake.cache)
     monkeypatch.setattr(sys, "argv", ["ditmill", mistake.command, "spec.yaml"])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:

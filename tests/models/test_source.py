@@ -136,5 +136,11 @@ def test_content_sha256_follows_weights_and_not_documents(checkpoint: Path) -> N
     assert content_sha256(str(checkpoint)) not in (before, changed)
 
 
+def test_content_sha256_needs_no_cache(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = content_sha256(str(checkpoint))
+    monkeypatch.setenv("DITMILL_CACHE", "/sys/ditmill")
+    assert content_sha256(str(checkpoint)) == expected
+
+
 def test_content_sha256_is_that_of_the_folder_not_of_its_place(checkpoint: Path, tiny_pack: Path) -> None:
     assert content_sha256(str(checkpoint)) == content_sha256(str(tiny_pack / "generator"))
