@@ -80,14 +80,14 @@ class Language:
 
         `instruction` contains {prompt}. At `temperature` 0 the most likely text is taken, and all variants are equal. Each
         text is one line, without quotes and labels. Where nothing is left, or a prompt is longer than the model
-        reads, the prompt itself stands in.
+        reads or has no words that could be rewritten, the prompt itself stands in.
         """
         conversations = [self._tokens(instruction, prompt) for prompt in prompts]
         rows = [
             (at, variant)
             for at, tokens in enumerate(conversations)
             for variant in range(variants)
-            if len(tokens) + max_new_tokens <= self.context
+            if prompts[at].strip() and len(tokens) + max_new_tokens <= self.context
         ]
         expansions = [[prompt] * variants for prompt in prompts]
         for chunk in _chunks(rows, [len(tokens) + max_new_tokens for tokens in conversations]):

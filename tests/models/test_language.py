@@ -73,6 +73,10 @@ def test_expand_falls_back_to_a_prompt_that_is_too_long(expander):
     assert [expanded] == expand(expander, PROMPTS[:1], variants=1)[0]
 
 
+def test_expand_makes_nothing_of_a_prompt_without_words(expander):
+    assert expand(expander, ["", " \n"]) == [["", ""], [" \n", " \n"]]
+
+
 def test_expand_falls_back_where_nothing_is_left(tiny_pack):
     class Mute(Language):
         def _answer(self, conversations, temperature, noise):
