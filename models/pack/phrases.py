@@ -8,16 +8,17 @@ a red cross growing on a grey background, then a white square bouncing on a blue
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from models.pack.grammar import Figure, Scene, Shot, flaw
 
 if TYPE_CHECKING:
     import numpy as np
 
+Value = TypeVar("Value")
 Phrases = Mapping[Any, tuple[str, ...]]
 """Ways to say each value, the plain one first."""
 
@@ -114,9 +115,12 @@ def words_outside(prompt: str) -> list[str]:
     return [word for word in dict.fromkeys(_words(prompt)) if word not in VOCABULARY]
 
 
-def describe(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """A prompt that says `scene`: the plain one, or with `rng` one of many."""
-    say = _Speaker(rng)
+def describe(scene: Scene, rng: np.random.Generator | None = None, habits: dict[Any, Any] | None = None) -> str:
+    """A prompt that says `scene`: the plain one, or with `rng` one of many.
+
+    `habits` holds the choices made so far, and takes up those made here: given again, the same is said in the same words.
+    """
+    say = _Speaker(rng, habits)
     moves = scene.kind == "cut" or any(figure.motion for figure in scene.figures)
     lead = say.one_of(VIDEO_LEADS if moves else (*IMAGE_LEADS, *VIDEO_LEADS), 0.6)
     shots = [say.shot(shot, background_first=not lead and scene.kind != "cut") for shot in scene.shots]
@@ -126,12 +130,17 @@ def describe(scene: Scene, rng: np.random.Generator | None = None) -> str:
 @dataclass(frozen=True)
 class _Speaker:
     rng: np.random.Generator | None
+    habits: dict[Any, Any] | None = None
 
     def one_of(self, phrases: Sequence[str], plain: float = 0.4) -> str:
         """The first phrase with probability `plain`, else any; without a generator always the first."""
-        if self.rng is None or self.rng.random() < plain:
-            return phrases[0]
-        return phrases[int(self.rng.integers(len(phrases)))]
+
+        def choose() -> str:
+            if self.rng is None or self.rng.random() < plain:
+                return phrases[0]
+            return phrases[int(self.rng.integers(len(phrases)))]
+
+        return self._habit(tuple(phrases), choose)
 
     def shot(self, shot: Shot, background_first: bool) -> str:
         figures = f" {self.one_of(JOINTS, 0.7)} ".join(self.figure(figure) for figure in shot.figures)
@@ -139,11 +148,15 @@ class _Speaker:
             return figures
         colour, noun = self.one_of(BACKGROUNDS[shot.background], 0.7), self.one_of(BACKGROUND_NOUNS, 0.7)
         background = f"{self.one_of(BEFORE_BACKGROUND)} a {colour} {noun}"
-        return f"{background}, {figures}" if background_first and self._chance(0.25) else f"{figures} {background}"
+        return (
+            f"{background}, {figures}"
+            if background_first and self._chance(0.25, "background")
+            else f"{figures} {background}"
+        )
 
     def figure(self, figure: Figure) -> str:
         before, after = [], ""
-        if figure.motion in ADJECTIVES and self._chance(0.25):
+        if figure.motion in ADJECTIVES and self._chance(0.25, figure.motion):
             before.append(self.one_of(ADJECTIVES[figure.motion]))
         elif figure.motion is not None:
             after = self.one_of(MOTIONS[figure.motion])
@@ -154,8 +167,16 @@ class _Speaker:
         words = " ".join([*before, self.one_of(NOUNS[figure.shape]), after]).strip()
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
-    def _chance(self, probability: float) -> bool:
-        return self.rng is not None and bool(self.rng.random() < probability)
+    def _chance(self, probability: float, what: str) -> bool:
+        rng = self.rng
+        return rng is not None and self._habit(what, lambda: bool(rng.random() < probability))
+
+    def _habit(self, what: Any, choose: Callable[[], Value]) -> Value:
+        if self.habits is None:
+            return choose()
+        if what not in self.habits:
+            self.habits[what] = choose()
+        return cast(Value, self.habits[what])
 
 
 def parse(prompt: str) -> Scene | None:

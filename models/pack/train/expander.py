@@ -2,8 +2,9 @@
 
     python -m models.pack.train.expander [--minutes 20]
 
-It learns from pairs: a scene with parts left unsaid in one phrasing, and the whole scene in another, asked as ditmill asks a
-language model. What was said is in both, so that is kept; what was not is drawn anew for each pair, so that has a spread.
+It learns from pairs: a scene with parts left unsaid, and the whole scene in the same words, asked as ditmill asks a language
+model. What was said is in both, so that is kept; what was not is drawn anew for each pair, so that has a spread. A prompt that
+leaves nothing unsaid is said in other words.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from models.pack.grammar import Scene, Shot, abridge, is_complete, keeps, sample_scenes
-from models.pack.phrases import IMAGE_LEADS, VIDEO_LEADS, VOCABULARY, describe, parse, words_outside
+from models.pack.phrases import IMAGE_LEADS, VOCABULARY, describe, parse, words_outside
 from models.pack.tiny_language import CHAT_TEMPLATE, END, PAD, START
 from models.pack.train.intervals import wilson
 from models.pack.train.loop import Training, arguments, precision, set_up, stream
@@ -37,7 +38,7 @@ OTHERS = (
     "Expand this prompt: {prompt}",
     "Rewrite this prompt in full detail: {prompt}",
 )
-"""So that it is not lost for words when asked otherwise."""
+"""So that it is not lost for words when asked otherwise. They are shorter, too: half of the steps take two thirds of the time."""
 TEMPERATURE = 0.8
 MAX_NEW_TOKENS = 96
 CONTEXT = 256
@@ -46,8 +47,8 @@ CONFIG: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
     "max_position_embeddings": CONTEXT,
     "tie_word_embeddings": True,
     "initializer_range": 0.04,
@@ -79,7 +80,7 @@ models/pack/train/expander.py, trained on sentences of a grammar and nothing els
 
 
 def main() -> None:
-    options = arguments(__doc__, steps=3_000, batch_size=32, learning_rate=2e-3).parse_args()
+    options = arguments(__doc__, steps=4_000, batch_size=32, learning_rate=2e-3).parse_args()
     device = set_up(options)
     torch.manual_seed(options.seed)
     tokenizer = build_tokenizer()
@@ -159,8 +160,9 @@ def pairs(
         image = bool(rng.random() < IMAGES)
         scene = next(drawn[image])
         said = _shapeless(abridge(scene, rng, SHARES[int(rng.integers(len(SHARES)))]), rng)
-        source = _say(said, rng, image)
-        made.append((source if tidy or rng.random() >= UNTIDY else _untidy(source, rng), _say(scene, rng, image)))
+        source, habits = _say(said, rng, image)
+        answer = _say(scene, rng, image)[0] if said == scene else describe(scene, rng, habits)
+        made.append((source if tidy or rng.random() >= UNTIDY else _untidy(source, rng), answer))
     return made
 
 
@@ -176,12 +178,13 @@ def _shapeless(scene: Scene, rng: np.random.Generator) -> Scene:
     )
 
 
-def _say(scene: Scene, rng: np.random.Generator, image: bool) -> str:
-    """One of many phrasings: of an image one that says so, of a video none that speaks of an image."""
+def _say(scene: Scene, rng: np.random.Generator, image: bool) -> tuple[str, dict[Any, Any]]:
+    """One of many phrasings, and its habits: of an image one that says so, of a video none that speaks of an image."""
     while True:
-        text = describe(scene, rng)
-        if image == text.startswith(IMAGE_LEADS[1:]) and not (image and text.startswith(VIDEO_LEADS[1:])):
-            return text
+        habits: dict[Any, Any] = {}
+        text = describe(scene, rng, habits)
+        if image == text.startswith(IMAGE_LEADS[1:]):
+            return text, habits
 
 
 def _untidy(text: str, rng: np.random.Generator) -> str:
@@ -198,10 +201,10 @@ def _untidy(text: str, rng: np.random.Generator) -> str:
 def tokens(
     tokenizer: PreTrainedTokenizerFast, asked: list[tuple[str, str]], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ids int64 [n, longest], padded on the right, and labels: -100 but for the answer's."""
+    """ids int64 [n, longest], padded on the right, and labels: -100 but for the answer's. All are asked in the same words."""
     rows = []
+    instruction = INSTRUCTION if rng.random() < 0.5 else OTHERS[int(rng.integers(len(OTHERS)))]
     for source, target in asked:
-        instruction = INSTRUCTION if rng.random() < 0.8 else OTHERS[int(rng.integers(len(OTHERS)))]
         conversation = tokenizer.apply_chat_template(
             [{"role": "user", "content": instruction.replace("{prompt}", source)}],
             add_generation_prompt=True,
