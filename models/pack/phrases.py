@@ -148,11 +148,8 @@ class _Speaker:
             return figures
         colour, noun = self.one_of(BACKGROUNDS[shot.background], 0.7), self.one_of(BACKGROUND_NOUNS, 0.7)
         background = f"{self.one_of(BEFORE_BACKGROUND)} a {colour} {noun}"
-        return (
-            f"{background}, {figures}"
-            if background_first and self._chance(0.25, "background")
-            else f"{figures} {background}"
-        )
+        first = background_first and self._chance(0.25, "background")
+        return f"{background}, {figures}" if first else f"{figures} {background}"
 
     def figure(self, figure: Figure) -> str:
         before, after = [], ""
@@ -167,7 +164,7 @@ class _Speaker:
         words = " ".join([*before, self.one_of(NOUNS[figure.shape]), after]).strip()
         return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
-    def _chance(self, probability: float, what: str) -> bool:
+    def _chance(self, probability: float, what: str | None) -> bool:
         rng = self.rng
         return rng is not None and self._habit(what, lambda: bool(rng.random() < probability))
 

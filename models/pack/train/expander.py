@@ -3,8 +3,8 @@
     python -m models.pack.train.expander [--minutes 20]
 
 It learns from pairs: a scene with parts left unsaid, and the whole scene in the same words, asked as ditmill asks a language
-model. What was said is in both, so that is kept; what was not is drawn anew for each pair, so that has a spread. A prompt that
-leaves nothing unsaid is said in other words.
+model. What was said is in both, so that is kept; what was not is drawn anew for each pair, so that has a spread. What leaves
+nothing unsaid is said in other words.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OTHERS = (
     "Expand this prompt: {prompt}",
     "Rewrite this prompt in full detail: {prompt}",
 )
-"""So that it is not lost for words when asked otherwise. They are shorter, too: half of the steps take two thirds of the time."""
+"""So that it is not lost for words when asked otherwise. They are shorter, too, and quicker to learn from."""
 TEMPERATURE = 0.8
 MAX_NEW_TOKENS = 96
 CONTEXT = 256
