@@ -42,8 +42,8 @@ def main() -> None:
     except UserError as error:
         print(f"ditmill: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except OSError as error:
-        if not (mistake := _cache_refused(error)):
+    except Exception as error:
+        if not (mistake := _refused(error)):
             raise
         print(f"ditmill: {mistake}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -352,18 +352,20 @@ def _nbytes(text: str | None) -> int | None:
         raise UserError(f"--pack: expected a size such as 512MB, found {text!r}") from error
 
 
-def _cache_refused(error: OSError) -> str:
-    """What to tell a user whose cache (packs, fetched models, Prefect's database) is full or may not be written."""
+def _refused(error: Exception) -> str:
+    """What to tell a user whose disk is full or may not be written; empty where that is not what went wrong."""
     from infra.storage import refused
     from models.pack import cache_dir
 
-    said, cache = refused(error), cache_dir()
-    if not said or not isinstance(error.filename, str):
+    if not (said := refused(error)):
         return ""
-    refusing = Path(error.filename)
-    if not (refusing.is_relative_to(cache) or cache.is_relative_to(refusing)):
-        return ""
-    return f"DITMILL_CACHE: {error.filename} cannot be written ({said}); free space, or set it to a folder of your own"
+    name = getattr(error, "filename", None)
+    if not isinstance(name, str):
+        return f"the storage cannot be written ({said}); free space or choose another place"
+    cache, place = cache_dir(), Path(name)
+    if place.is_relative_to(cache) or cache.is_relative_to(place):
+        return f"DITMILL_CACHE: {name} cannot be written ({said}); free space, or set it to a folder of your own"
+    return f"{name} cannot be written ({said}); free space or choose another place"
 
 
 def _worker_environment() -> None:

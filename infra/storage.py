@@ -129,7 +129,8 @@ class Storage:
                 yield local
             os.replace(temporary, path)  # noqa: PTH105
         except BaseException as error:
-            Path(temporary).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                Path(temporary).unlink()
             if isinstance(error, OSError) and error.filename is None:
                 error.filename = path  # a full disk does not say which
             raise

@@ -141,29 +141,62 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from own_judge import fill
-
-    from flows.cli import main
-
     if mistake.name == "a full disk":
-        for name in ("replace", "link"):  # to be put back: `fill` changes them where it has no disk to fill
-            monkeypatch.setattr(os, name, getattr(os, name))
-        fill(disk)
+        _fill(disk, monkeypatch)
     spec = {"prompts": {"inline": ["a dog"]}, "output": {"uri": "out"}}
     spec |= yaml.safe_load(Template(mistake.spec).substitute(places))
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     if mistake.cache:
         monkeypatch.setenv("DITMILL_CACHE", mistake.cache)
-    monkeypatch.setattr(sys, "argv", ["ditmill", mistake.command, "spec.yaml"])
     monkeypatch.chdir(tmp_path)
+    line = _refused([mistake.command, "spec.yaml"], monkeypatch, capfd)
+    for words in mistake.says:
+        assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["report", "annotate --labels labels.csv", "annotate --withdraw", "release r1"])
+def test_a_full_disk_is_one_line_for_every_command_that_writes(
+    command: str,
+    disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from infra.storage import Storage
+    from infra.tables import Table
+
+    (disk / "ballast").unlink(missing_ok=True)
+    shutil.copytree(REPO / "tests" / "data" / "v1", disk / "v1", dirs_exist_ok=True)
+    sample_id = Table(Storage(str(disk / "v1")), "samples").read(["sample_id"])["sample_id"][0].as_py()
+    (tmp_path / "labels.csv").write_text(f"sample_id,label\n{sample_id},y\n")
+    _fill(disk, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    name, *options = command.split()
+    more = [sample_id] if options[-1:] == ["--withdraw"] else []
+    line = _refused([name, str(disk / "v1"), *options, *more], monkeypatch, capfd)
+    assert "cannot be written (No space left on device); free space" in line
+
+
+def _fill(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from own_judge import fill
+
+    for name in ("replace", "link"):  # to be put back: `fill` changes them where it has no disk to fill
+        monkeypatch.setattr(os, name, getattr(os, name))
+    fill(disk)
+
+
+def _refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command ends with, and with exit code 2."""
+    from flows.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["ditmill", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
     (line,) = (line for line in capfd.readouterr().err.splitlines() if not line.startswith(("new dataset", "licence:")))
     assert line.startswith("ditmill: ")
-    for words in mistake.says:
-        assert words in line
-    assert not (tmp_path / "out").exists()
+    return line
 
 
 def test_what_ends_with_2_is_documented() -> None:
