@@ -20,6 +20,7 @@ LONGEST_NAME = 100  # of the USTAR name field
 
 EMPTY = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))  # mtime, uid and gid are 0, the mode is 0644
 EMPTY[148:156] = b" " * 8  # the checksum is of a header with spaces here
+EMPTY_SUM = sum(EMPTY) - sum(EMPTY[124:136])
 
 Place = tuple[int, int]
 """Offset of a member's data in its tar, and its length, in bytes."""
@@ -81,9 +82,10 @@ def _header(name: str, nbytes: int) -> bytes:
     if nbytes >= 8**11:
         raise ValueError(f"tar member {name!r}: expected less than 8 GiB, found {nbytes} bytes")
     header = bytearray(EMPTY)
-    header[: len(name)] = name.encode("ascii")
-    header[124:136] = b"%011o\0" % nbytes
-    header[148:156] = b"%06o\0 " % sum(header)
+    key, length = name.encode("ascii"), b"%011o\0" % nbytes
+    header[: len(key)] = key
+    header[124:136] = length
+    header[148:156] = b"%06o\0 " % (EMPTY_SUM + sum(key) + sum(length))
     return bytes(header)
 
 

@@ -13,7 +13,7 @@ import socket
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from uuid import uuid4
 
@@ -118,6 +118,7 @@ class _Written:
         self.failures: list[Row] = []
         self._doubtful = not _is_plain(batch)
         self._parsed: dict[str, Any] = {}
+        self._values = {name: column.tolist() for name, column in batch.items() if column.ndim == 1}
 
     def add(self, at: int) -> None:
         if self._text(at, "error_type"):
@@ -236,7 +237,6 @@ class _Written:
             raise ValueError(f"{self._text(at, 'sample_id')}: expected verdict accepted or rejected, found {verdict!r}")
         source_prompt = self._text(at, "source_prompt")
         licence = self._text(at, "licence")
-        extra = {**self._json(at, "extra", {}), **({"licence": licence} if licence else {})}
         return {
             "sample_id": self._text(at, "sample_id"),
             "noise_key": self._text(at, "noise_key"),
@@ -261,7 +261,7 @@ class _Written:
             "height": self._int(at, "height"),
             "width": self._int(at, "width"),
             "num_frames": self._int(at, "num_frames"),
-            "fps": float(self.batch["fps"][at]),
+            "fps": float(self._values["fps"][at]),
             "media": [],
             "tensors": [],
             "scores": [{**score, "value": float(score["value"])} for score in self._json(at, "scores", [])],
@@ -280,14 +280,16 @@ class _Written:
             "device": self._text(at, "device") or stage.device,
             "code_version": stage.code_version,
             "created_at": self.now,
-            "extra_json": json.dumps(extra, ensure_ascii=False, sort_keys=True),
+            "extra_json": _extra(self._text(at, "extra"), licence),
         }
 
     def _text(self, at: int, column: str) -> str:
-        return str(self.batch[column][at] or "") if column in self.batch else ""
+        values = self._values.get(column)
+        return str(values[at] or "") if values else ""
 
     def _int(self, at: int, column: str) -> int:
-        return int(self.batch[column][at]) if column in self.batch else 0
+        values = self._values.get(column)
+        return int(values[at]) if values else 0
 
     def _json(self, at: int, column: str, empty: Any) -> Any:
         """A value to read and not to change: samples of a batch that have the same text share it."""
@@ -297,6 +299,12 @@ class _Written:
         if text not in self._parsed:
             self._parsed[text] = json.loads(text)
         return self._parsed[text]
+
+
+@lru_cache
+def _extra(text: str, licence: str) -> str:
+    """A sample's own fields as JSON; most samples have the same ones."""
+    return _encode({**json.loads(text or "{}"), **({"licence": licence} if licence else {})})
 
 
 def _valid(text: str) -> str:
@@ -342,7 +350,10 @@ the first few, and nothing that another run of the same sample would say differe
 
 def sidecar(row: Row) -> bytes:
     """The .json of a sample in a tar."""
-    return json.dumps({key: row[key] for key in SIDECAR}, ensure_ascii=False, sort_keys=True).encode()
+    return _encode({key: row[key] for key in SIDECAR}).encode()
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 
 
 def _is_plain(batch: Batch) -> bool:

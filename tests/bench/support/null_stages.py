@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from infra.media import Encoded
-from stages.batch import Batch, jsons, size, texts
+from stages.batch import Batch, size, texts
 
 SIDE = 18
 """Pixels. A picture of noise of this size is a PNG of about a kilobyte."""
@@ -73,7 +74,7 @@ class NullScore:
 
     def __call__(self, batch: Batch) -> Batch:
         count = size(batch)
-        scores = jsons([[{"name": "sharpness", "value": 1.0}, {"name": "brightness", "value": 128.0}]] * count)
+        scores = _same([{"name": "sharpness", "value": 1.0}, {"name": "brightness", "value": 128.0}], count)
         return {**batch, "scores": scores, "verdict": texts(["accepted"] * count), "reasons": texts(["[]"] * count)}
 
 
@@ -90,7 +91,7 @@ class NullJudge:
     def __call__(self, batch: Batch) -> Batch:
         judged = [{"name": "sharpness", "value": 1.0}, {"name": "brightness", "value": 128.0}]
         judged += [{"name": name, "value": 0.9} for name in ("prompt_match", "no_artefacts")]
-        return {**batch, "scores": jsons([judged] * size(batch))}
+        return {**batch, "scores": _same(judged, size(batch))}
 
 
 @dataclass(frozen=True)
@@ -112,4 +113,8 @@ class NullCaption:
     def __call__(self, batch: Batch) -> Batch:
         caption = {"style": "short", "language": "en", "scene": 0, "text": "nothing to be seen", "model": "null"}
         count = size(batch)
-        return {**batch, "captions": jsons([[caption]] * count), "caption": texts([caption["text"]] * count)}
+        return {**batch, "captions": _same([caption], count), "caption": texts([caption["text"]] * count)}
+
+
+def _same(value: Any, count: int) -> np.ndarray:
+    return texts([json.dumps(value)] * count)

@@ -1,0 +1,52 @@
+"""The actor that stands between the driver and the graph. It imports little: each run starts one, and waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from stages.actor import pack
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Batches by their number. A batch stays until it is done, so that a reader that died can start over.
+
+    It also knows the graph's actors: Ray Data lets go of them, but one that is just being started again stays, with its CPU.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, pa.Table] = {}
+        self._actors: dict[str, Any] = {}
+        self._put = 0
+        self._closed = False
+        self._changed = asyncio.Condition()
+
+    async def put(self, number: int, block: pa.Table) -> None:
+        async with self._changed:
+            self._blocks[number] = block
+            self._put = number + 1
+            self._changed.notify_all()
+
+    async def done(self, number: int) -> None:
+        self._blocks.pop(number, None)
+
+    async def join(self, actor_id: str, actor: Any) -> None:
+        self._actors[actor_id] = actor
+
+    async def actors(self) -> list[Any]:
+        return list(self._actors.values())
+
+    async def close(self) -> None:
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    async def get(self, number: int) -> pa.Table | None:
+        """Batch `number` once it is there, an empty one if it is long done, None after the last."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: number < self._put or self._closed)
+        return self._blocks.get(number, pack({})) if number < self._put else None
