@@ -58,8 +58,14 @@ def main() -> None:
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     options = _arguments()
-    paths = parts(options.folder)
-    figures = list(measure(paths, options))
+    figures: list[Figure] = []
+    try:
+        figures.extend(measure(parts(options.folder), options))
+    finally:  # what was measured in a quarter of an hour is shown, whatever stopped it
+        report(figures, options)
+
+
+def report(figures: list[Figure], options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([figure.as_dict() for figure in figures]))
         return
