@@ -68,9 +68,9 @@ def test_the_tokenizer_knows_every_word_of_the_questions_and_of_the_grammar(toke
 
 
 def test_answers_about_descriptions_are_those_of_the_oracle():
-    rng, scenes = stream(2, 0), _scenes(40)
+    rng, scenes = stream(2, 0), _scenes(15)
     answers = []
-    for scene, clip in zip(scenes, render(scenes, range(40)), strict=True):
+    for scene, clip in zip(scenes, render(scenes, range(15)), strict=True):
         for one in ask(as_rendered(scene), rng):
             if one.text.endswith(TAIL) or one.head:
                 prompt = one.text.removesuffix(TAIL).removesuffix("?")

@@ -46,8 +46,10 @@ TEXT: dict[str, Any] = {
     "num_attention_heads": 5,
     "num_key_value_heads": 5,
     "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
+    "initializer_range": 0.06,
 }
+EMBEDDED = 0.5
+"""Spread of the words' embeddings at the start: about that of what the tower's tokens become."""
 STATE_LAYER = 2
 """After so many layers a frame's last token knows the figures so far, for the questions' layers to read."""
 STATE = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "motion": MOTIONS}
@@ -82,6 +84,7 @@ NO_TARGET = -100
 
 def main() -> None:
     parser = arguments(__doc__, steps=4_000, batch_size=12, learning_rate=1.5e-3)
+    parser.add_argument("--silent", type=int, default=400, help="steps on twice the clips without questions, at first")
     parser.add_argument("--frozen", type=int, default=2_000, help="steps before the tower is trained too")
     options = parser.parse_args()
     device = set_up(options)
@@ -93,7 +96,9 @@ def main() -> None:
     decoded = Decoded(folder / "decoded-train")
 
     def make(step: int) -> dict[str, np.ndarray]:
-        return lesson(tokenizer, stream(options.seed, 7_000_000, step), options.batch_size, decoded)
+        silent = step < options.silent
+        rng = stream(options.seed, 7_000_000, step)
+        return lesson(tokenizer, rng, options.batch_size * (2 if silent else 1), decoded, silent=silent)
 
     def loss(step: int, data: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         batch = {name: torch.as_tensor(value).to(device) for name, value in data.items()}
@@ -160,23 +165,42 @@ def build_model(tokenizer: PreTrainedTokenizerFast, eyes: Path | None = None) ->
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Idefics3Config(
         vision_config=VISION,
-        text_config=LlamaConfig(vocab_size=len(tokenizer), **TEXT, **ends),
+        text_config=LlamaConfig(vocab_size=len(tokenizer), **TEXT, **ends, tie_word_embeddings=False),
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         scale_factor=MERGED,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )
     judge = Idefics3ForConditionalGeneration(config)
+    nn.init.normal_(judge.get_input_embeddings().weight, std=EMBEDDED)
     if eyes is not None and eyes.exists():
         judge.model.vision_model.load_state_dict(Idefics3VisionTransformer.from_pretrained(eyes).state_dict())
+    _pool(judge)
     width = TEXT["hidden_size"]
     told = SLOTS * sum(len(values) + 1 for values in STATE.values()) + len(BACKGROUNDS)
     return nn.ModuleDict({"judge": judge, "state": nn.Linear(width, told), "right": nn.Linear(width, len(ATTRIBUTES))})
 
 
+@torch.no_grad()
+def _pool(judge: Any) -> None:
+    """Start the connector at the same projection for each of the patches that become one token: a sum over them.
+
+    What is learnt of a figure in one place then holds in every other; left to chance, each place would be learnt anew.
+    """
+    projection = next(judge.model.connector.modality_projection.parameters())
+    patches, width = MERGED**2, VISION["hidden_size"]
+    shared = torch.randn(len(projection), width) / (width * patches) ** 0.5
+    projection.copy_(shared.repeat(1, patches))
+
+
 def lesson(
-    tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, count: int, decoded: Decoded | None
+    tokenizer: PreTrainedTokenizerFast,
+    rng: np.random.Generator,
+    count: int,
+    decoded: Decoded | None,
+    *,
+    silent: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Frames, questions and answers of one step, as arrays."""
+    """Frames, questions and answers of one step, as arrays; `silent`: frames alone."""
     image = rng.random() < IMAGES
     scenes = sample_scenes(rng, count, split="train", image=image)
     clips = render(
@@ -186,7 +210,7 @@ def lesson(
     for at, scene in enumerate(scenes):
         clip, seen = _clip(scene, clips[at], clips[at - 1], rng, None if image else decoded)
         shown.append(evenly_spaced(clip[None], SHOWN)[0])
-        asked.append(ask(seen, rng, image=image))
+        asked.append([] if silent else ask(seen, rng, image=image))
         known.append(state_of(seen, image))
     return {"frames": np.stack(shown), "state": np.stack(known), **sheets(tokenizer, asked, len(shown[0]))}
 
@@ -323,15 +347,17 @@ def losses(model: nn.ModuleDict, batch: dict[str, torch.Tensor], *, frozen: bool
         use_cache=False,
         output_hidden_states=True,
     )
+    stated = out.hidden_states[STATE_LAYER][:, _last_tokens(frames.shape[1])]
+    terms = {"state": _state_loss(model["state"](stated).float(), batch["state"])}
+    if not bool(batch["decides"].any()):
+        return terms
     last = out.last_hidden_state
     said = batch["target"] != NO_TARGET
     each = nn.functional.cross_entropy(judge.lm_head(last[said]).float(), batch["target"][said], reduction="none")
     decides = batch["decides"][said]
-    terms = {"answers": each[decides].mean()}
+    terms["answers"] = each[decides].mean()
     if not bool(decides.all()):
         terms["captions"] = each[~decides].mean()
-    stated = out.hidden_states[STATE_LAYER][:, _last_tokens(frames.shape[1])]
-    terms["state"] = 0.5 * _state_loss(model["state"](stated).float(), batch["state"])
     right = batch["right"]
     asked = ~right.isnan()
     logits = model["right"](last)[asked].float()
