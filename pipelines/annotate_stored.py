@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -279,18 +280,17 @@ class _Job:
         stages = (ReadMedia(run.storage, decoder), work.stage(), WriteAnnotations(work.annotator))
         groups = (_group(stages, cluster(), run.spec.compute.actors.get("judge")),)
         feeder = Feeder(in_flight(groups))
-        feeder.put(first)
+        batches = itertools.chain([first], rest)
 
         def feed() -> None:
             while feeder.has_room:
-                batch = None if self.stop.reason else next(rest, None)
+                batch = None if self.stop.reason else next(batches, None)
                 if batch is None:
                     feeder.close()
                     return
                 feeder.put(batch)
 
         try:
-            feed()
             with contextlib.closing(results(feeder, groups, {"run_id": run.run_id}, started)) as out:
                 for batch in out:
                     self._take(feeder, batch)

@@ -7,6 +7,7 @@ are done (16 bytes each) and what is in flight.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import socket
 import time
@@ -170,7 +171,7 @@ def generate(
     if ready is None:
         return Outcome("exhausted", batches.planned_through, progress, 0.0, {}, "")
     with beating(Pulse(job.storage, job.run_id), "running", run.counts, lambda: stop.set("stopped")):
-        run.make(_chain(ready, first), groups())
+        run.make(itertools.chain([ready], first), groups())
         progress.committed += commits.commit(force=True)
     ended = time.time()
     status = stop.reason or ("reached" if run.target_reached() else "exhausted")
@@ -237,13 +238,11 @@ class _Run:
         first = next(batches, None)
         if first is None:
             return [], False
-        came = self._came
+        came, batches = self._came, itertools.chain([first], batches)
         feeder = Feeder(at_once)
         context = {"run_id": self.job.run_id}
         try:
             with contextlib.closing(results(feeder, groups, context, time.time())) as out:
-                self._put(feeder, first)
-                self._feed(feeder, batches, to_the_end)
                 for batch in out:
                     self._take(feeder, batch)
                     self._tick()
@@ -341,11 +340,6 @@ class _Run:
             "launched": progress.launched,
             "total": progress.total,
         }
-
-
-def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
-    yield first
-    yield from rest
 
 
 def _failures(job: Job) -> tuple[IdSet, dict[str, int]]:

@@ -138,9 +138,9 @@ def results(
 ) -> Generator[Batch, None, None]:
     """Run the graph: the last group's batches as they come out, until the feeder is closed and all are out.
 
-    Every so often it yields an empty batch, so that its caller can look around. A batch that kills its worker is tried once
-    more and then given up: it does not come out (see `Feeder.lost`). A graph that breaks raises GraphBroke. Closing this
-    iterator early ends the graph and lets go of its actors.
+    First, and every so often, it yields an empty batch, so that its caller can feed it and look around. A batch that kills
+    its worker is tried once more and then given up: it does not come out (see `Feeder.lost`). A graph that breaks raises
+    GraphBroke. Closing this iterator early ends the graph and lets go of its actors.
 
     Args:
         feeder: hands out the batches.
@@ -155,6 +155,7 @@ def results(
     thread = threading.Thread(target=_pump, args=arguments, name="graph", daemon=True)
     thread.start()
     try:
+        yield {}  # to be fed while its processes start
         while True:
             try:
                 item = out.get(timeout=TICK_SECONDS)

@@ -98,7 +98,6 @@ def _commit_expansions(
             waiting[feeder.launched] = chunk
             feeder.put(_record_batch(chunk))
 
-    feed()
     with closing(results(feeder, made, {"run_id": run.run_id}, time.time())) as out:
         for batch in out:
             if "fault" in batch:
