@@ -55,7 +55,7 @@ CONFIG: dict[str, Any] = {
     "bos_token_id": None,
 }
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SHARES = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
 """How much a source prompt says beside shapes: one of these, with equal probability."""
 SHAPELESS = 0.1
 """Share of figures whose shape is left unsaid too."""
