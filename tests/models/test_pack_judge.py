@@ -15,10 +15,11 @@ from models.pack.phrases import VOCABULARY, parse
 from models.pack.train import questions
 from models.pack.train.eyes import Eyes, lesson, losses, to_pixel_values
 from models.pack.train.flaws import FLAWS, damaged, packed, spoilt
-from models.pack.train.judge import SHOWN, _last_tokens, build_model, build_processor, build_tokenizer, export, sheets
+from models.pack.train.judge import SHOWN, _last_tokens, sheets, track_of
 from models.pack.train.judge import lesson as judge_lesson
 from models.pack.train.judge import losses as judge_losses
 from models.pack.train.judge_exam import auroc, ece
+from models.pack.train.judge_model import build_model, build_processor, build_tokenizer, export
 from models.pack.train.loop import stream
 from models.pack.train.questions import HEAD, TAIL, Asked, as_rendered, ask, attribute, caption, changed
 from models.pack.world import render
@@ -198,6 +199,18 @@ def test_captions_come_back_as_the_grammar_writes_them(tokenizer):
         assert keeps(parse(tokenizer.decode(ids, skip_special_tokens=True)), scene)
 
 
+def test_a_track_says_where_a_figure_is_and_how_it_has_moved():
+    scene = parse("a small red circle moving right on a white background")
+    shown = evenly_spaced(render([scene], [5]), SHOWN)[0]
+    x, _, radius, to_the_right, down, grown = track_of(as_rendered(scene), shown)[:, 0].T
+    assert np.all(np.diff(x) > 0.03)
+    assert np.allclose(radius, np.log(4.5 / 6), atol=0.1)
+    assert np.allclose(to_the_right[1:], 4 * np.diff(x), atol=1e-5)
+    assert np.abs(down[1:]).max() < 0.1 > np.abs(grown[1:]).max()
+    assert np.isnan([to_the_right[0], down[0], grown[0]]).all()
+    assert np.isnan(track_of(as_rendered(scene), shown)[:, 1]).all()
+
+
 def test_a_few_steps_lower_the_loss(tokenizer):
     torch.manual_seed(0)
     model = build_model(tokenizer)
@@ -205,7 +218,7 @@ def test_a_few_steps_lower_the_loss(tokenizer):
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     totals = []
     for _ in range(4):
-        terms = judge_losses(model, data, frozen=False)
+        terms = judge_losses(model, data)
         total = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad()
         total.backward()

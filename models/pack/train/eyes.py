@@ -149,7 +149,7 @@ def _look_around(tower: Any) -> None:
             key[rows, :width] = SHARP * torch.eye(width)
 
 
-def to_pixel_values(frames: np.ndarray) -> torch.Tensor:
+def to_pixel_values(frames: np.ndarray | torch.Tensor) -> torch.Tensor:
     """uint8 [..., H, W, 3] as the processor gives it: float32 [..., 3, H, W] in -1..1."""
     return torch.as_tensor(frames).movedim(-1, -3).float() / 127.5 - 1
 
@@ -194,7 +194,7 @@ def patch_answers(scene: Scene, frame: np.ndarray, late: bool) -> dict[str, np.n
         assert figure.shape is not None and figure.colour is not None
         shape[mine], colour[mine] = SHAPES.index(figure.shape), COLOURS.index(figure.colour)
         x, y, radius = _centre(mask)
-        place[mine] = [x / FRAME * 2 - 1, y / FRAME * 2 - 1, np.log(radius / 6)]
+        place[mine] = _place(x, y, radius)
         outline[mine] = _outline(mask, x, y, radius)
         if fold := OUTLINES[figure.shape].fold:
             phase = _phase(mask, x, y, fold)
@@ -204,6 +204,15 @@ def patch_answers(scene: Scene, frame: np.ndarray, late: bool) -> dict[str, np.n
     own = everything.reshape(side, PATCH, side, PATCH).swapaxes(1, 2).reshape(side * side, -1)
     smooth = {"place": place, "turn": turn, "outline": outline}
     return flat | {"mask": own} | {name: value.reshape(side * side, -1) for name, value in smooth.items()}
+
+
+def places(frame: np.ndarray, colours: list[str]) -> list[list[float]]:
+    """Where the figures of these colours are in a frame of the world: x and y in -1..1, and the logarithm of the radius."""
+    return [_place(*_centre(mask)) for mask in _masks(frame, colours)]
+
+
+def _place(x: float, y: float, radius: float) -> list[float]:
+    return [x / FRAME * 2 - 1, y / FRAME * 2 - 1, float(np.log(max(radius, 1.0) / 6))]
 
 
 def _masks(frame: np.ndarray, colours: list[str]) -> list[np.ndarray]:

@@ -5,9 +5,9 @@
     python -m models.pack.train.judge [--minutes 60]
 
 A clip's frames are read once and followed by many questions beside each other: each attends to the frames and to itself,
-as if it were asked alone. Beside the answers three linear heads, thrown away afterwards, are asked for what an answer is made
-of: after two layers each frame's last token for the figures so far, and each question's last one for which attributes of the
-description are right.
+as if it were asked alone. Beside the answers linear heads, thrown away afterwards, are asked for what an answer is made
+of: below, each frame's last token for the figures so far, where they are and how they moved, and above, each question's
+last one for which attributes of the description are right.
 """
 
 from __future__ import annotations
@@ -22,11 +22,26 @@ import torch
 from torch import nn
 
 from models.multimodal import evenly_spaced
-from models.pack.grammar import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Scene, is_complete, sample_scenes
-from models.pack.phrases import VOCABULARY
-from models.pack.train import questions
-from models.pack.train.eyes import VISION, to_pixel_values
+from models.pack.grammar import BACKGROUNDS, Scene, is_complete, sample_scenes
+from models.pack.train.eyes import places, to_pixel_values
 from models.pack.train.flaws import Decoded, softened, spoilt
+from models.pack.train.judge_model import (
+    ASSISTANT,
+    CHANGES,
+    END,
+    FENCE,
+    FRAME_TOKENS,
+    GLOBAL,
+    IMAGE,
+    SLOTS,
+    STATE,
+    STATE_LAYERS,
+    TRACKED,
+    USER,
+    build_model,
+    build_tokenizer,
+    export,
+)
 from models.pack.train.loop import Training, arguments, precision, set_up, stream
 from models.pack.train.questions import ATTRIBUTES, Asked, Seen, as_rendered, ask, in_order, seen_as
 from models.pack.world import NUM_FRAMES, cut_frame, render
@@ -36,45 +51,6 @@ if TYPE_CHECKING:
 
 SHOWN = 8
 """Frames of a clip that the judge is shown: the spec's default."""
-MERGED = 4
-"""Patches across and along that become one token: four tokens a frame."""
-FRAME_TOKENS = (VISION["image_size"] // VISION["patch_size"] // MERGED) ** 2
-TEXT: dict[str, Any] = {
-    "hidden_size": 160,
-    "intermediate_size": 432,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 5,
-    "num_key_value_heads": 5,
-    "max_position_embeddings": 4096,
-    "initializer_range": 0.06,
-}
-EMBEDDED = 0.5
-"""Spread of the words' embeddings at the start: about that of what the tower's tokens become."""
-STATE_LAYER = 2
-"""After so many layers a frame's last token knows the figures so far, for the questions' layers to read."""
-STATE = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "motion": MOTIONS}
-SLOTS = 2
-
-USER, ASSISTANT, END, PAD, UNKNOWN = "<|user|>", "<|assistant|>", "<end_of_utterance>", "<pad>", "<unk>"
-IMAGE, FENCE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|assistant|>' if message['role'] == 'assistant' else '<|user|>' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image>' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '<end_of_utterance>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: image-text-to-text
----
-
-# ditmill shapes judge
-
-Answers questions on clips of the shapes world with Yes or No, and captions them. Trained on rendered clips only.
-"""
-
 IMAGES = 0.06
 """Share of steps on images."""
 PLAIN, SPOILT = 0.4, 0.3
@@ -83,9 +59,10 @@ NO_TARGET = -100
 
 
 def main() -> None:
-    parser = arguments(__doc__, steps=4_000, batch_size=12, learning_rate=1.5e-3)
-    parser.add_argument("--silent", type=int, default=400, help="steps on twice the clips without questions, at first")
-    parser.add_argument("--frozen", type=int, default=2_000, help="steps before the tower is trained too")
+    parser = arguments(__doc__, steps=14_000, batch_size=8, learning_rate=1e-3)
+    parser.add_argument(
+        "--silent", type=int, default=4_000, help="steps on twice the clips without questions, at first"
+    )
     options = parser.parse_args()
     device = set_up(options)
     torch.manual_seed(options.seed)
@@ -103,7 +80,7 @@ def main() -> None:
     def loss(step: int, data: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         batch = {name: torch.as_tensor(value).to(device) for name, value in data.items()}
         with precision(options, device):
-            return losses(model, batch, frozen=step < options.frozen)
+            return losses(model, batch)
 
     training.run(make, loss)
     model.load_state_dict(training.average.weights)
@@ -111,85 +88,6 @@ def main() -> None:
     from models.pack.train.judge_exam import measure
 
     print(json.dumps(measure(folder / "judge", folder / "decoded-held_out"), indent=1))
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word of the grammar, of the questions and of the instructions; <unk> for all else. Case is lost."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    splitter = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")])
-    said = [*sorted(VOCABULARY), questions.HEAD, questions.TAIL, questions.NO_ARTEFACTS, questions.MOTION_SMOOTH]
-    said += [questions.SHORT, questions.DENSE, *questions.OTHER_HEADS, *questions.OTHER_CLEAN, *questions.OTHER_SMOOTH]
-    said += [*questions.MEDIA, "yes no there is clip picture"]
-    pieces = {piece for text in said for piece, _ in splitter.pre_tokenize_str(text.lower())} - {"{", "}", "prompt"}
-    special = [PAD, UNKNOWN, USER, ASSISTANT, END, IMAGE, FENCE, GLOBAL]
-    tokenizer = Tokenizer(
-        models.WordLevel({piece: at for at, piece in enumerate([*special, *sorted(pieces)])}, unk_token=UNKNOWN)
-    )
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.add_special_tokens(special)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=END,
-        unk_token=UNKNOWN,
-        additional_special_tokens=[USER, ASSISTANT, IMAGE, FENCE, GLOBAL],
-        padding_side="left",
-        model_max_length=TEXT["max_position_embeddings"],
-        clean_up_tokenization_spaces=True,
-    )
-
-
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
-    from transformers import Idefics3Processor
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-
-    side = VISION["image_size"]
-    pictures = Idefics3ImageProcessorPil(
-        size={"longest_edge": side},
-        max_image_size={"longest_edge": side},
-        do_image_splitting=False,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    return Idefics3Processor(pictures, tokenizer, image_seq_len=FRAME_TOKENS, chat_template=CHAT_TEMPLATE)
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast, eyes: Path | None = None) -> nn.ModuleDict:
-    """The judge with random weights but for the tower, if `eyes.py` left one; and the heads that help it learn."""
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, LlamaConfig
-    from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
-
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = Idefics3Config(
-        vision_config=VISION,
-        text_config=LlamaConfig(vocab_size=len(tokenizer), **TEXT, **ends, tie_word_embeddings=False),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        scale_factor=MERGED,
-        tie_word_embeddings=False,
-    )
-    judge = Idefics3ForConditionalGeneration(config)
-    nn.init.normal_(judge.get_input_embeddings().weight, std=EMBEDDED)
-    if eyes is not None and eyes.exists():
-        judge.model.vision_model.load_state_dict(Idefics3VisionTransformer.from_pretrained(eyes).state_dict())
-    _pool(judge)
-    width = TEXT["hidden_size"]
-    told = SLOTS * sum(len(values) + 1 for values in STATE.values()) + len(BACKGROUNDS)
-    return nn.ModuleDict({"judge": judge, "state": nn.Linear(width, told), "right": nn.Linear(width, len(ATTRIBUTES))})
-
-
-@torch.no_grad()
-def _pool(judge: Any) -> None:
-    """Start the connector at the same projection for each of the patches that become one token: a sum over them.
-
-    What is learnt of a figure in one place then holds in every other; left to chance, each place would be learnt anew.
-    """
-    projection = next(judge.model.connector.modality_projection.parameters())
-    patches, width = MERGED**2, VISION["hidden_size"]
-    shared = torch.randn(len(projection), width) / (width * patches) ** 0.5
-    projection.copy_(shared.repeat(1, patches))
 
 
 def lesson(
@@ -206,13 +104,15 @@ def lesson(
     clips = render(
         scenes, [int(seed) for seed in rng.integers(1 << 62, size=count)], num_frames=1 if image else NUM_FRAMES
     )
-    shown, asked, known = [], [], []
+    shown, asked, known, tracks = [], [], [], []
     for at, scene in enumerate(scenes):
         clip, seen = _clip(scene, clips[at], clips[at - 1], rng, None if image else decoded)
         shown.append(evenly_spaced(clip[None], SHOWN)[0])
         asked.append([] if silent else ask(seen, rng, image=image))
         known.append(state_of(seen, image))
-    return {"frames": np.stack(shown), "state": np.stack(known), **sheets(tokenizer, asked, len(shown[0]))}
+        tracks.append(track_of(seen, shown[-1]))
+    states = {"state": np.stack(known), "track": np.stack(tracks)}
+    return {"frames": np.stack(shown), **states, **sheets(tokenizer, asked, len(shown[0]))}
 
 
 def _clip(
@@ -246,6 +146,22 @@ def state_of(seen: Seen, image: bool) -> np.ndarray:
         ]
         told[row] = [*values, BACKGROUNDS.index(shot.background)]  # type: ignore[arg-type]
     return told
+
+
+def track_of(seen: Seen, shown: np.ndarray) -> np.ndarray:
+    """Where each figure is in each shown frame, and how that has changed: float32 [frames, 2, TRACKED], NaN where unknown."""
+    track = np.full((len(shown), SLOTS, TRACKED), np.nan, np.float32)
+    if seen.reading.scene is None or not all(figure.colour for figure in seen.reading.scene.figures):
+        return track
+    scene, before = in_order(seen.reading.scene), -1
+    for row, frame in enumerate(np.linspace(0, NUM_FRAMES - 1, SHOWN) if len(shown) > 1 else [0]):
+        at = -1 if round(frame) >= cut_frame(NUM_FRAMES) else 0
+        for slot, place in enumerate(places(shown[row], [str(figure.colour) for figure in scene.shots[at].figures])):
+            track[row, slot, : TRACKED // 2] = place
+        if row and (len(scene.shots) == 1 or at == before):
+            track[row, :, TRACKED // 2 :] = CHANGES * np.diff(track[row - 1 : row + 1, :, : TRACKED // 2], axis=0)[0]
+        before = at
+    return track
 
 
 @cache
@@ -329,14 +245,12 @@ def _sheet(tokenizer: PreTrainedTokenizerFast, asked: list[Asked], num_frames: i
     }
 
 
-def losses(model: nn.ModuleDict, batch: dict[str, torch.Tensor], *, frozen: bool) -> dict[str, torch.Tensor]:
+def losses(model: nn.ModuleDict, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Cross-entropy of Yes and No and of captions; of the state in each frame and of what is right, to help."""
     judge: Any = model["judge"]
     frames, ids = batch["frames"], batch["ids"]
-    with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
-        pixels = to_pixel_values(frames.flatten(0, 1).cpu()).to(ids.device)
-        seen = judge.model.vision_model(pixels).last_hidden_state
-    features = judge.model.connector(seen).flatten(0, 1)
+    seen = judge.model.vision_model(to_pixel_values(frames.flatten(0, 1)))
+    features = judge.model.connector(seen.last_hidden_state).flatten(0, 1)
     embedded = judge.get_input_embeddings()(ids)
     places = (ids == judge.config.image_token_id)[..., None]
     embedded = embedded.masked_scatter(places, features.to(embedded.dtype))
@@ -347,8 +261,11 @@ def losses(model: nn.ModuleDict, batch: dict[str, torch.Tensor], *, frozen: bool
         use_cache=False,
         output_hidden_states=True,
     )
-    stated = out.hidden_states[STATE_LAYER][:, _last_tokens(frames.shape[1])]
-    terms = {"state": _state_loss(model["state"](stated).float(), batch["state"])}
+    terms = {}
+    for at in STATE_LAYERS:
+        stated = out.hidden_states[at][:, _last_tokens(frames.shape[1])]
+        terms[f"state{at}"] = 0.5 * _state_loss(model[f"state{at}"](stated).float(), batch["state"])
+        terms[f"track{at}"] = 0.5 * _track_loss(model[f"track{at}"](stated).float(), batch["track"])
     if not bool(batch["decides"].any()):
         return terms
     last = out.last_hidden_state
@@ -380,16 +297,9 @@ def _state_loss(told: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     return torch.stack(each).mean()
 
 
-def export(judge: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the checkpoint in float16, with its processor and chat template."""
-    from copy import deepcopy
-
-    half = deepcopy(judge).eval().to(torch.float16)
-    for name in ("eos_token_id", "pad_token_id"):
-        setattr(half.generation_config, name, getattr(tokenizer, name))
-    half.save_pretrained(folder, safe_serialization=True)
-    build_processor(tokenizer).save_pretrained(folder)
-    (folder / "README.md").write_text(CARD)
+def _track_loss(told: torch.Tensor, track: torch.Tensor) -> torch.Tensor:
+    there = ~track.isnan()
+    return (told.unflatten(-1, (SLOTS, TRACKED)) - track)[there].abs().mean() if bool(there.any()) else told.sum() * 0
 
 
 if __name__ == "__main__":
