@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 
 from models.multimodal import Multimodal, MultimodalRef, evenly_spaced
 from models.pack.grammar import Scene, flaw, keeps, sample_scenes
@@ -14,7 +15,7 @@ from models.pack.marks import marks
 from models.pack.phrases import VOCABULARY, parse
 from models.pack.train import questions
 from models.pack.train.eyes import Eyes, lesson, losses, to_pixel_values
-from models.pack.train.flaws import FLAWS, damaged, packed, spoilt
+from models.pack.train.flaws import FLAWS, Decoded, damaged, decoded, packed, spoilt
 from models.pack.train.judge import SHOWN, _last_tokens, sheets, track_of
 from models.pack.train.judge import lesson as judge_lesson
 from models.pack.train.judge import losses as judge_losses
@@ -22,6 +23,7 @@ from models.pack.train.judge_exam import auroc, ece
 from models.pack.train.judge_model import build_model, build_processor, build_tokenizer, export
 from models.pack.train.loop import stream
 from models.pack.train.questions import HEAD, TAIL, Asked, as_rendered, ask, attribute, caption, changed
+from models.pack.train.vae import CONFIG as VAE
 from models.pack.world import render
 from stages.caption import INSTRUCTIONS
 from stages.rubric import load_rubric
@@ -132,6 +134,20 @@ def test_packed_clips_say_what_the_oracle_sees():
     made = packed(clips, scenes)
     assert keeps(parse(str(made["seen"][0])), scenes[0])
     assert (made["seen"][1], bool(made["clean"][1]), bool(made["smooth"][1])) == ("", False, False)
+
+
+def test_clips_out_of_a_vae_come_back_with_what_they_show(tmp_path: Path):
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**VAE).eval()
+    made = decoded(vae, stream(10, 0), 3, "train", batch_size=2)
+    assert made["frames"].shape == (3, 17, 64, 64, 3)
+    np.savez(tmp_path / "0000.npz", **made)
+    np.savez(tmp_path / "0001.part.npz", **made)
+    found = Decoded(tmp_path)
+    assert len(found.frames) == 3
+    assert [one.reading.scene for one in found.seen] == [None] * 3  # an untrained decoder shows nothing
+    assert all(flaw(one.scene) is None for one in found.seen)
+    assert Decoded(tmp_path / "none").frames == []
 
 
 def test_patches_are_told_what_they_show():

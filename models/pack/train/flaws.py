@@ -182,7 +182,8 @@ def main() -> None:
     for part in range(-(-options.clips // PART)):
         path = folder / f"{part:04d}.npz"
         if not path.exists():
-            made = decoded(vae, stream(options.seed, 6_000_000, part), PART, options.split, options.batch_size)
+            rng = stream(options.seed, 6_000_000 + (options.split == "held_out"), part)
+            made = decoded(vae, rng, PART, options.split, options.batch_size)
             beside = path.with_suffix(".part.npz")
             np.savez(beside, allow_pickle=False, **made)
             beside.rename(path)
