@@ -221,10 +221,14 @@ def test_a_track_says_where_a_figure_is_and_how_it_has_moved():
     x, _, radius, to_the_right, down, grown = track_of(as_rendered(scene), shown)[:, 0].T
     assert np.all(np.diff(x) > 0.03)
     assert np.allclose(radius, np.log(4.5 / 6), atol=0.1)
-    assert np.allclose(to_the_right[1:], 4 * np.diff(x), atol=1e-5)
-    assert np.abs(down[1:]).max() < 0.1 > np.abs(grown[1:]).max()
-    assert np.isnan([to_the_right[0], down[0], grown[0]]).all()
+    assert np.allclose(to_the_right, 2 * (x - x[0]), atol=1e-5)
+    assert np.abs(down).max() < 0.1 > np.abs(grown).max()
     assert np.isnan(track_of(as_rendered(scene), shown)[:, 1]).all()
+    cut = parse("a red cross growing on a grey background, then a small white square moving up on a blue background")
+    grown, down = track_of(as_rendered(cut), evenly_spaced(render([cut], [6]), SHOWN)[0])[:, 0, [5, 4]].T
+    assert grown[0] == down[4] == 0  # each shot starts anew
+    assert grown[3] > 0.3
+    assert down[7] < -0.3
 
 
 def test_a_few_steps_lower_the_loss(tokenizer):

@@ -153,14 +153,13 @@ def track_of(seen: Seen, shown: np.ndarray) -> np.ndarray:
     track = np.full((len(shown), SLOTS, TRACKED), np.nan, np.float32)
     if seen.reading.scene is None or not all(figure.colour for figure in seen.reading.scene.figures):
         return track
-    scene, before = in_order(seen.reading.scene), -1
-    for row, frame in enumerate(np.linspace(0, NUM_FRAMES - 1, SHOWN) if len(shown) > 1 else [0]):
-        at = -1 if round(frame) >= cut_frame(NUM_FRAMES) else 0
-        for slot, place in enumerate(places(shown[row], [str(figure.colour) for figure in scene.shots[at].figures])):
+    scene, first = in_order(seen.reading.scene), 0
+    for row, frame in enumerate(np.linspace(0, NUM_FRAMES - 1, SHOWN).round() if len(shown) > 1 else [0]):
+        late = int(len(scene.shots) > 1 and frame >= cut_frame(NUM_FRAMES))
+        first = row if late and not first else first
+        for slot, place in enumerate(places(shown[row], [str(figure.colour) for figure in scene.shots[late].figures])):
             track[row, slot, : TRACKED // 2] = place
-        if row and (len(scene.shots) == 1 or at == before):
-            track[row, :, TRACKED // 2 :] = CHANGES * np.diff(track[row - 1 : row + 1, :, : TRACKED // 2], axis=0)[0]
-        before = at
+        track[row, :, TRACKED // 2 :] = CHANGES * (track[row] - track[first])[:, : TRACKED // 2]
     return track
 
 

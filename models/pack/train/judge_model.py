@@ -38,8 +38,9 @@ takes comparing frames. The questions' upper layers can read it there."""
 STATE = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "motion": MOTIONS}
 SLOTS = 2
 TRACKED = 6
-"""Of each figure: x, y and the logarithm of its radius, and by how much each has changed since the frame before."""
-CHANGES = 4.0
+"""Of each figure: x, y and the logarithm of its radius, and by how much each has changed since its shot began: from frame
+to frame a figure moves less than a tower that is still learning can tell."""
+CHANGES = 2.0
 """Unit of a change, in parts of that of the value."""
 
 USER, ASSISTANT, END, PAD, UNKNOWN = "<|user|>", "<|assistant|>", "<end_of_utterance>", "<pad>", "<unk>"
