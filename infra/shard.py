@@ -71,8 +71,10 @@ def build_tar(members: list[tuple[str, bytes]]) -> tuple[bytes, dict[str, Place]
     """A USTAR tar of `members` (name, data), sorted by name, and where each one's data lies in it."""
     file = io.BytesIO()
     tar = TarWriter(file)
-    # By key, then suffix: as one text, "a-1.mp4" would sort between "a.json" and "a.mp4"'s neighbours.
-    places = {name: tar.add(name, data) for name, data in sorted(members, key=lambda member: member[0].split(".", 1))}
+    # By key, then suffix: a dot comes after "-" and before all else that is in a name, and must come first.
+    places = {
+        name: tar.add(name, data) for name, data in sorted(members, key=lambda member: member[0].replace(".", " "))
+    }
     tar.close()
     return file.getvalue(), places
 

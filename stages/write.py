@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from uuid import uuid4
 
 import numpy as np
+import orjson
 
 from infra.errors import UserError
 from infra.schema import FAILURES, SAMPLES
@@ -304,7 +305,8 @@ class _Written:
 @lru_cache
 def _extra(text: str, licence: str) -> str:
     """A sample's own fields as JSON; most samples have the same ones."""
-    return _encode({**json.loads(text or "{}"), **({"licence": licence} if licence else {})})
+    extra = {**json.loads(text or "{}"), **({"licence": licence} if licence else {})}
+    return json.dumps(extra, ensure_ascii=False, sort_keys=True)
 
 
 def _valid(text: str) -> str:
@@ -350,10 +352,7 @@ the first few, and nothing that another run of the same sample would say differe
 
 def sidecar(row: Row) -> bytes:
     """The .json of a sample in a tar."""
-    return _encode({key: row[key] for key in SIDECAR}).encode()
-
-
-_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
+    return orjson.dumps({key: row[key] for key in SIDECAR}, option=orjson.OPT_SORT_KEYS)
 
 
 def _is_plain(batch: Batch) -> bool:
