@@ -197,7 +197,8 @@ def _motion(luma: list[np.ndarray]) -> float:
     for before, after in pairwise(luma):
         flow = cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 3, 15, 3, 5, 1.2, 0)
         # In numpy: the last bits of cv2.magnitude and of cv2.mean of floats change with where the array lies in memory.
-        lengths.append(np.sqrt(np.square(flow, dtype=np.float64).sum(axis=-1)).mean())
+        across, along = flow[..., 0].astype(np.float64), flow[..., 1].astype(np.float64)
+        lengths.append(np.sqrt(across * across + along * along).mean())
     return float(np.mean(lengths)) / scale
 
 
