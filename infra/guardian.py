@@ -20,6 +20,8 @@ from uuid import uuid4
 
 MARK = "_DITMILL_SESSION"
 GRACE_SECONDS = 5.0
+KILLING_SECONDS = 10.0
+QUIET_SECONDS = 0.5
 GOODBYE = b"goodbye"
 
 
@@ -46,7 +48,7 @@ def guarded() -> Iterator[None]:
         else:
             os.environ[MARK] = before
         with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
-            guardian.communicate(GOODBYE, GRACE_SECONDS + 1)
+            guardian.communicate(GOODBYE, GRACE_SECONDS + QUIET_SECONDS + 1)
 
 
 def marked(mark: str) -> list[int]:
@@ -62,13 +64,20 @@ def marked(mark: str) -> list[int]:
 
 
 def end(mark: str, grace: float = GRACE_SECONDS) -> None:
-    """Kill what carries the mark, after a grace."""
-    until = time.monotonic() + grace
-    while (left := marked(mark)) and time.monotonic() < until:
+    """Kill what carries the mark, after a grace, until nothing has carried it for a moment.
+
+    One look is not enough: what is killed may just have started another process, and one between fork and exec shows no
+    environment.
+    """
+    began = seen = time.monotonic()
+    while (now := time.monotonic()) - seen < QUIET_SECONDS and now - began < grace + KILLING_SECONDS:
+        if left := marked(mark):
+            seen = now
+        if now - began >= grace:
+            for pid in left:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
-    for pid in left:
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
