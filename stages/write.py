@@ -304,7 +304,7 @@ class _Written:
 
 @lru_cache
 def _extra(text: str, licence: str) -> str:
-    """A sample's own fields as JSON; most samples have the same ones."""
+    """A sample's own fields as JSON. Where nothing is scored, a whole batch has the same ones."""
     extra = {**json.loads(text or "{}"), **({"licence": licence} if licence else {})}
     return json.dumps(extra, ensure_ascii=False, sort_keys=True)
 
