@@ -19,6 +19,8 @@ from pathlib import Path
 from uuid import uuid4
 
 MARK = "_DITMILL_SESSION"
+KEEP_ENVIRONMENT = "SPT_NOENV"
+"""Ray's processes write their titles over their environment, and so over the mark, unless this is set."""
 GRACE_SECONDS = 5.0
 KILLING_SECONDS = 10.0
 QUIET_SECONDS = 0.5
@@ -31,11 +33,12 @@ def guarded() -> Iterator[None]:
     if not sys.platform.startswith("linux"):
         yield
         return
-    before = os.environ.get(MARK)
+    before = {name: os.environ.get(name) for name in (MARK, KEEP_ENVIRONMENT)}
     mark = os.environ[MARK] = uuid4().hex
+    os.environ[KEEP_ENVIRONMENT] = "1"
     # By its path and isolated: it imports nothing but the standard library. Inside of another the other speaks for it.
     guardian = subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, mark, *(["quiet"] if before else [])],
+        [sys.executable, "-I", "-S", __file__, mark, *(["quiet"] if before[MARK] else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
@@ -43,10 +46,11 @@ def guarded() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[MARK]
-        else:
-            os.environ[MARK] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
         with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
             guardian.communicate(GOODBYE, GRACE_SECONDS + QUIET_SECONDS + 1)
 

@@ -1,12 +1,13 @@
-"""The guardian's last act: nothing that carries its mark is left, even what starts while it looks."""
+"""The guardian's last act: nothing that carries its mark is left, even what starts while it looks or changes its title."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 
-from infra.guardian import MARK, end, marked
+from infra.guardian import MARK, end, guarded, marked
 
 
 def test_end_kills_processes_that_start_others_while_it_looks() -> None:
@@ -20,3 +21,14 @@ def test_end_kills_processes_that_start_others_while_it_looks() -> None:
         shell.wait(5)
     time.sleep(0.2)
     assert marked(mark) == []
+
+
+def test_a_process_of_ray_is_found_after_it_has_changed_its_title() -> None:
+    titled = "from ray._raylet import setproctitle; setproctitle('ray::Agent'); print(flush=True); input()"
+    with guarded():
+        process = subprocess.Popen([sys.executable, "-c", titled], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert process.pid in marked(os.environ[MARK])
+        process.communicate(b"\n")
+    assert MARK not in os.environ
