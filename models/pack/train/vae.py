@@ -3,7 +3,8 @@
     python -m models.pack.train.vae [--minutes 60]
 
 Loss: mean absolute and squared difference, the absolute one of differences between neighbours (edges), and a little KL.
-Most steps train on small windows around a figure, where there is something to learn; the last ones on whole clips.
+Most steps train on small windows around a figure, where there is something to learn; the last ones on whole clips, without
+which the last frames of a clip are worse than the first.
 The encoder folds 2x2 pixels into channels first (`patch_size`), so that no convolution runs at full size: decoding a clip
 takes 0.1 CPU-seconds.
 """
@@ -44,8 +45,11 @@ KL = 1e-5
 FIRST_LOGVAR = -6.0
 """A posterior that starts narrow lets the decoder see something from the first step on."""
 WINDOW = 32
-WINDOWS = 0.7
-"""Share of steps on windows of WINDOW pixels, twice as many of them as there are clips in a batch."""
+WINDOWS = 0.4
+"""Share of steps on windows of WINDOW pixels and half of a clip's frames; for one whole clip there are four of them."""
+ENCODER = 0.55
+"""Share of steps in which the encoder learns too. Then it is exported, so that clips can be encoded and the denoiser trained
+while the decoder goes on."""
 EXACT = 0.1
 """Share of steps in which nothing is drawn from the posterior."""
 MEASURED = 256
@@ -56,7 +60,7 @@ def main() -> None:
     from diffusers import AutoencoderKLWan
 
     parser = arguments(__doc__, steps=12_000, batch_size=4, learning_rate=2e-3)
-    parser.add_argument("--frames", type=int, default=9, help="frames of a training clip, 4k+1")
+    parser.add_argument("--frames", type=int, default=9, help="frames of a window, 4k+1; a clip has twice as many")
     options = parser.parse_args()
     device = set_up(options)
     torch.manual_seed(options.seed)
@@ -67,7 +71,7 @@ def main() -> None:
     def make(step: int) -> np.ndarray:
         if step < WINDOWS * options.steps:
             return windows(options.seed, step, 2 * options.batch_size, options.frames)
-        return clips(options.seed, step, options.batch_size, options.frames)
+        return clips(options.seed, step, options.batch_size // 2, 2 * options.frames - 1)
 
     def loss(step: int, data: np.ndarray) -> dict[str, torch.Tensor]:
         pixels = to_pixels(data, device)
@@ -78,7 +82,17 @@ def main() -> None:
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         return {"l1": off.abs().mean(), "l2": off.square().mean(), "edges": EDGES * _edges(off), "kl": KL * kl}
 
-    training.run(make, loss)
+    settled = int(ENCODER * options.steps)
+    if training.step < settled:
+        training.run(make, loss, until=settled)
+    if training.step == settled:
+        model.load_state_dict(training.average.weights)
+        export(model, Path(options.folder) / "vae", options.seed)
+    if training.step >= settled:
+        model.train()
+        model.encoder.requires_grad_(False)
+        model.quant_conv.requires_grad_(False)
+        training.run(make, loss)
     model.load_state_dict(training.average.weights)
     export(model, Path(options.folder) / "vae", options.seed)
     print(json.dumps(measure(model, options.seed)))
