@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,22 +38,30 @@ def guarded() -> Iterator[None]:
     mark = os.environ[MARK] = uuid4().hex
     os.environ[KEEP_ENVIRONMENT] = "1"
     # By its path and isolated: it imports nothing but the standard library. Inside of another the other speaks for it.
-    guardian = subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, mark, *(["quiet"] if before[MARK] else [])],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    command = [sys.executable, "-I", "-S", __file__, mark, *(["quiet"] if before[MARK] else [])]
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+
+    guardian, leaving = [start()], threading.Event()
+
+    def keep() -> None:
+        """Start another if somebody kills it."""
+        while guardian[0].wait() is not None and not leaving.is_set():
+            guardian[0] = start()
+
+    threading.Thread(target=keep, name="guardian", daemon=True).start()
     try:
         yield
     finally:
+        leaving.set()
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
         with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
-            guardian.communicate(GOODBYE, GRACE_SECONDS + QUIET_SECONDS + 1)
+            guardian[0].communicate(GOODBYE, GRACE_SECONDS + QUIET_SECONDS + 1)
 
 
 def marked(mark: str) -> list[int]:

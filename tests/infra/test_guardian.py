@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from infra.guardian import MARK, end, guarded, marked
 
@@ -32,3 +34,27 @@ def test_a_process_of_ray_is_found_after_it_has_changed_its_title() -> None:
         assert process.pid in marked(os.environ[MARK])
         process.communicate(b"\n")
     assert MARK not in os.environ
+
+
+def test_another_guardian_takes_the_place_of_one_that_was_killed() -> None:
+    with guarded():
+        mark = os.environ[MARK]
+        (first,) = _guardians(mark)
+        os.kill(first, signal.SIGKILL)
+        began = time.monotonic()
+        while not (found := _guardians(mark)) or found == [first]:
+            assert time.monotonic() - began < 10
+            time.sleep(0.05)
+    assert _guardians(mark) == []
+
+
+def _guardians(mark: str) -> list[int]:
+    found = []
+    for pid in marked(mark):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"guardian.py" in command:
+            found.append(pid)
+    return found
