@@ -51,7 +51,7 @@ def main() -> None:
     model = build_model(tokenizer, Path(options.folder) / "text_encoder").to(device)
     training = Training("denoiser", model, options)
     data = Latents(Path(options.folder) / "latents")
-    denoise = torch.compile(model["transformer"]) if options.compile else model["transformer"]
+    denoise = torch.compile(model["transformer"], dynamic=False) if options.compile else model["transformer"]
 
     def make(step: int) -> tuple[np.ndarray, list[str]]:
         return data.batch(stream(options.seed, step), options.batch_size)

@@ -47,7 +47,7 @@ FIRST_LOGVAR = -6.0
 WINDOW = 32
 WINDOWS = 0.4
 """Share of steps on windows of WINDOW pixels and half of a clip's frames; for one whole clip there are four of them."""
-ENCODER = 0.55
+ENCODER = 0.6
 """Share of steps in which the encoder learns too. Then it is exported, so that clips can be encoded and the denoiser trained
 while the decoder goes on."""
 EXACT = 0.1
@@ -59,7 +59,7 @@ MEASURED = 256
 def main() -> None:
     from diffusers import AutoencoderKLWan
 
-    parser = arguments(__doc__, steps=12_000, batch_size=4, learning_rate=2e-3)
+    parser = arguments(__doc__, steps=9_000, batch_size=4, learning_rate=2e-3)
     parser.add_argument("--frames", type=int, default=9, help="frames of a window, 4k+1; a clip has twice as many")
     options = parser.parse_args()
     device = set_up(options)
