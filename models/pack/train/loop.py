@@ -22,6 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CHECKPOINT_MINUTES = 4.0
 LOG_STEPS = 50
+AVERAGED = 20.0
+"""Weights are averaged over one part in so many of all steps."""
 
 
 def arguments(doc: str | None, *, steps: int, batch_size: int, learning_rate: float) -> argparse.ArgumentParser:
@@ -64,7 +66,7 @@ def stream(seed: int, *place: int) -> np.random.Generator:
 class Average:
     """Exponential moving average of a model's weights, quick at first: what is evaluated and shipped."""
 
-    def __init__(self, model: nn.Module, decay: float = 0.9995) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
 
@@ -113,7 +115,7 @@ class Training:
                 [view for _, view in self._matrices], lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
             ),
         }
-        self.average = Average(self.model)
+        self.average = Average(self.model, max(0.0, 1 - AVERAGED / self.options.steps))
         self._load()
 
     @property

@@ -3,8 +3,8 @@
     python -m models.pack.train.vae [--minutes 60]
 
 Loss: mean absolute and squared difference, the absolute one of differences between neighbours (edges), and a little KL.
-Most steps train on small windows around a figure, where there is something to learn; the last ones on whole clips, without
-which the last frames of a clip are worse than the first.
+Steps on small windows around a figure, where there is something to learn, then on whole clips, without which the last frames
+of a clip are worse than the first; at last the decoder alone.
 The encoder folds 2x2 pixels into channels first (`patch_size`), so that no convolution runs at full size: decoding a clip
 takes 0.1 CPU-seconds.
 """
@@ -45,11 +45,13 @@ KL = 1e-5
 FIRST_LOGVAR = -6.0
 """A posterior that starts narrow lets the decoder see something from the first step on."""
 WINDOW = 32
-WINDOWS = 0.4
-"""Share of steps on windows of WINDOW pixels and half of a clip's frames; for one whole clip there are four of them."""
-ENCODER = 0.6
-"""Share of steps in which the encoder learns too. Then it is exported, so that clips can be encoded and the denoiser trained
-while the decoder goes on."""
+WINDOW_STEPS = 3_600
+"""The first steps are on windows of WINDOW pixels and half of a clip's frames; for one whole clip there are four of them."""
+ENCODER_STEPS = 5_400
+"""After so many steps the encoder is exported and learns no more, so that clips can be encoded and the denoiser trained while
+the decoder goes on: on whole clips and on windows of whole length by turns."""
+DETAIL = 10.0
+"""How much more the decoder's error counts where the picture differs from its surroundings. An edge is a small part of it."""
 EXACT = 0.1
 """Share of steps in which nothing is drawn from the posterior."""
 MEASURED = 256
@@ -69,9 +71,10 @@ def main() -> None:
     training = Training("vae", model.to(device), options)
 
     def make(step: int) -> np.ndarray:
-        if step < WINDOWS * options.steps:
-            return windows(options.seed, step, 2 * options.batch_size, options.frames)
-        return clips(options.seed, step, options.batch_size // 2, 2 * options.frames - 1)
+        frames = options.frames if step < WINDOW_STEPS else 2 * options.frames - 1
+        if step < WINDOW_STEPS or (step >= ENCODER_STEPS and step % 2):
+            return windows(options.seed, step, 2 * options.batch_size, frames)
+        return clips(options.seed, step, options.batch_size // 2, frames)
 
     def loss(step: int, data: np.ndarray) -> dict[str, torch.Tensor]:
         pixels = to_pixels(data, device)
@@ -80,15 +83,16 @@ def main() -> None:
             latents = posterior.mode() if step < EXACT * options.steps else posterior.sample()
             off = _decode_open(model, latents).float() - pixels
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        return {"l1": off.abs().mean(), "l2": off.square().mean(), "edges": EDGES * _edges(off), "kl": KL * kl}
+        weight = 1 + DETAIL * _detail(pixels) if step >= ENCODER_STEPS else 1
+        terms = {"l1": (weight * off.abs()).mean(), "l2": (weight * off.square()).mean()}
+        return terms | {"edges": EDGES * _edges(off), "kl": KL * kl}
 
-    settled = int(ENCODER * options.steps)
-    if training.step < settled:
-        training.run(make, loss, until=settled)
-    if training.step == settled:
+    if training.step < ENCODER_STEPS:
+        training.run(make, loss, until=min(ENCODER_STEPS, options.steps))
+    if training.step == ENCODER_STEPS:
         model.load_state_dict(training.average.weights)
         export(model, Path(options.folder) / "vae", options.seed)
-    if training.step >= settled:
+    if training.step >= ENCODER_STEPS:
         model.train()
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
@@ -147,6 +151,12 @@ def _edges(difference: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference between neighbours, across, along and in time."""
     terms = [difference.diff(dim=axis).abs().mean() for axis in (2, 3, 4) if difference.shape[axis] > 1]
     return torch.stack(terms).sum() / 3
+
+
+def _detail(pixels: torch.Tensor) -> torch.Tensor:
+    """How far each pixel is from the mean of the 5x5 around it, in 0..2: [n, 1, T, H, W] of [n, 3, T, H, W]."""
+    around = nn.functional.avg_pool3d(pixels, (1, 5, 5), stride=1, padding=(0, 2, 2), count_include_pad=False)
+    return (pixels - around).abs().amax(dim=1, keepdim=True)
 
 
 @torch.no_grad()
