@@ -44,7 +44,7 @@ SHIFT = 2.0
 
 
 def main() -> None:
-    options = arguments(__doc__, steps=60_000, batch_size=32, learning_rate=1e-3).parse_args()
+    options = arguments(__doc__, steps=20_000, batch_size=32, learning_rate=2e-3).parse_args()
     device = set_up(options)
     torch.manual_seed(options.seed)
     tokenizer = build_tokenizer()

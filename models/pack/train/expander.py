@@ -80,7 +80,7 @@ models/pack/train/expander.py, trained on sentences of a grammar and nothing els
 
 
 def main() -> None:
-    options = arguments(__doc__, steps=12_000, batch_size=32, learning_rate=2e-3).parse_args()
+    options = arguments(__doc__, steps=6_000, batch_size=32, learning_rate=2e-3).parse_args()
     device = set_up(options)
     torch.manual_seed(options.seed)
     tokenizer = build_tokenizer()

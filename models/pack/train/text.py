@@ -36,7 +36,7 @@ VALUES: dict[str, tuple[str, ...]] = {
 
 
 def main() -> None:
-    options = arguments(__doc__, steps=3_000, batch_size=64, learning_rate=2e-3).parse_args()
+    options = arguments(__doc__, steps=1_500, batch_size=64, learning_rate=2e-3).parse_args()
     device = set_up(options)
     torch.manual_seed(options.seed)
     tokenizer = build_tokenizer()
