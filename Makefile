@@ -56,7 +56,7 @@ test: lint chromium ## lint and every test but the soak
 .PHONY: check
 check: lint chromium ## lint and the tests that need no Ray, in under three minutes
 	$(call step,Tests without Ray)
-	@$(BIN)/python -m pytest -m "not soak and not ray" --durations=5
+	@$(BIN)/python -m pytest -n 2 -m "not soak and not ray" --durations=5
 
 .PHONY: lint
 lint: $(CORE) $(TEST) ## ruff, the arrows between the folders, types
