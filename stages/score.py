@@ -193,12 +193,12 @@ def _motion(luma: list[np.ndarray]) -> float:
 
     height, width = luma[0].shape
     scale = min(1.0, FLOW_SIDE / max(height, width))
-    if scale < 1:
-        shape = (max(1, round(width * scale)), max(1, round(height * scale)))
-        luma = [cv2.resize(plane, shape, interpolation=cv2.INTER_AREA) for plane in luma]
+    shape = (max(1, round(width * scale)), max(1, round(height * scale)))
     lengths = []
     for at in sorted(set(np.linspace(0, len(luma) - 2, FLOW_PAIRS).round().astype(int))):
         before, after = luma[at : at + 2]
+        if scale < 1:
+            before, after = (cv2.resize(plane, shape, interpolation=cv2.INTER_AREA) for plane in (before, after))
         flow = cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 3, 15, 3, 5, 1.2, 0)
         # In numpy: the last bits of cv2.magnitude and of cv2.mean of floats change with where the array lies in memory.
         across, along = flow[..., 0].astype(np.float64), flow[..., 1].astype(np.float64)
