@@ -82,16 +82,14 @@ bench: $(CORE) ## the benchmarks, each beside its baseline
 	$(call step,Planning a resume over ten million samples)
 	@$(BIN)/ditmill bench planning
 
-# A part that was cut short is used as it is. Once clips are encoded, the VAE that encoded them is trained no further.
+# A part that was cut short is used as it is.
 train = $(BIN)/python -m models.pack.train.$(1) --folder $(PACK_FOLDER) --threads $(THREADS) \
 	$(if $(PACK_MINUTES),--minutes $(PACK_MINUTES)) $(PACK_FLAGS)
 
 .PHONY: pack
 pack: $(CORE) ## train pack://shapes anew, a day on two cores, and measure it; running it again goes on
 	$(call step,VAE)
-	@[ -d $(PACK_FOLDER)/latents ] || $(call train,vae)
-	$(call step,Latents)
-	@$(call train,latents)
+	@$(call train,vae)
 	$(call step,Text encoder)
 	@$(call train,text)
 	$(call step,Denoiser)

@@ -27,9 +27,9 @@ SHAPE_FRAMES = 6
 
 RADIUS_RANGE = (0.8, 1.25)
 """A radius is of a size if it lies at most this factor from it."""
-GREW = 1.5
+GREW = 1.38
 """From the first frame to the last, a growing figure's radius changes by at least this factor."""
-KEPT = 1.25
+KEPT = 1.22
 """And that of all others by at most this one."""
 MOVED = 5.0
 """Pixels from the first frame to the last that a moving figure gets at least."""

@@ -14,7 +14,7 @@ from math import pi, radians
 import numpy as np
 
 from models.pack.geometry import OUTLINES, Array, coverage, support
-from models.pack.grammar import Scene, Shape, flaw, is_complete
+from models.pack.grammar import Colour, Scene, Shape, flaw, is_complete
 
 FRAME = 64
 NUM_FRAMES = 17
@@ -31,18 +31,18 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "black": (18, 18, 18),
     "grey": (128, 128, 128),
 }
-RADII: dict[str, float] = {"small": 4.5, "medium": 6.4, "large": 9.0}
-"""Radius of the disc of the same area: each size has twice the area of the one before."""
+RADII: dict[str, float] = {"small": 6.0, "medium": 7.5, "large": 9.3}
+"""Radius of the disc of the same area: each size has 1.6 times the area of the one before. Of the largest two just fit in."""
 
 SHADE = 6.0
 """A clip's colours differ from the palette by at most this much in each channel."""
 RADIUS_SPREAD = 0.03
-TRAVEL = (13.0, 21.0)
+TRAVEL = (11.0, 18.0)
 """How far a moving figure gets in a clip."""
 SHORT_TRAVEL = (9.0, 14.0)
 """The same in a shot of less than SHORT frames."""
 SHORT = 13
-BOUNCE_HEIGHT = (9.0, 14.0)
+BOUNCE_HEIGHT = (8.0, 12.0)
 BOUNCE_FRAMES = 8
 SPIN = radians(12.0)
 """Clockwise turn from one frame to the next; figures start upright."""
@@ -52,7 +52,7 @@ GAP = 2.0
 """Between two figures."""
 
 CANDIDATES = 48
-ATTEMPTS = 2000
+ATTEMPTS = 5000
 """Places drawn at a time for two figures, until one keeps them apart, and how often."""
 CHUNK = 64
 """Clips rendered at a time: what they need fits a cache."""
@@ -88,9 +88,7 @@ def render(scenes: Sequence[Scene], seeds: Sequence[int], *, num_frames: int = N
 
 def _render(scenes: Sequence[Scene], seeds: Sequence[int], frames: Array) -> None:
     num_frames = frames.shape[1]
-    rngs = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
-    shades = [rng.uniform(-SHADE, SHADE, (4, 3)) for rng in rngs]
-    tracks = [track for clip, scene in enumerate(scenes) for track in _layout(clip, scene, num_frames, rngs[clip])]
+    shades, tracks = _drawn(scenes, seeds, num_frames)
     planes = np.zeros((len(scenes) * num_frames, FRAME, FRAME), dtype=np.uint8)
     _draw(tracks, planes, num_frames)
     for clip, scene in enumerate(scenes):
@@ -103,6 +101,20 @@ def _render(scenes: Sequence[Scene], seeds: Sequence[int], frames: Array) -> Non
             ]
             plane = planes.reshape(len(scenes), num_frames, FRAME, FRAME)[clip, when]
             frames[clip, when] = _mix(colours)[plane].view(np.uint8).reshape(*plane.shape, 4)[..., :3]
+
+
+def tracks(scenes: Sequence[Scene], seeds: Sequence[int], *, num_frames: int = NUM_FRAMES) -> list[Track]:
+    """Where every figure of the clips that `render` makes of the same scenes and seeds is in each of its frames."""
+    return _drawn(scenes, seeds, num_frames)[1]
+
+
+def _drawn(scenes: Sequence[Scene], seeds: Sequence[int], num_frames: int) -> tuple[list[Array], list[Track]]:
+    """What each seed decides: the shades, [4, 3] for each clip, and all tracks."""
+    rngs = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
+    shades = [rng.uniform(-SHADE, SHADE, (4, 3)) for rng in rngs]
+    return shades, [
+        track for clip, scene in enumerate(scenes) for track in _layout(clip, scene, num_frames, rngs[clip])
+    ]
 
 
 def _shade(colour: str | None, shift: Array) -> Array:
@@ -119,12 +131,16 @@ def _mix(colours: list[Array]) -> Array:
 
 
 @dataclass
-class _Track:
-    """One figure's way through a clip: position relative to where it starts, radius and turn, for each of its frames."""
+class Track:
+    """One figure's way through a clip, from frame `start` on: position, radius and turn, for each of its frames.
+
+    The position is relative to where it starts until `move` has put it in its place.
+    """
 
     clip: int
     slot: int
     shape: Shape
+    colour: Colour
     start: int
     x: Array
     y: Array
@@ -145,7 +161,7 @@ class _Track:
         self.x, self.y = self.x + start[0], self.y + start[1]
 
 
-def _layout(clip: int, scene: Scene, num_frames: int, rng: np.random.Generator) -> list[_Track]:
+def _layout(clip: int, scene: Scene, num_frames: int, rng: np.random.Generator) -> list[Track]:
     """The tracks of one clip, in place. Pairs that have little room are drawn anew until they keep apart."""
     for _ in range(ATTEMPTS):
         tracks = list(_tracks(clip, scene, num_frames, rng))
@@ -154,12 +170,12 @@ def _layout(clip: int, scene: Scene, num_frames: int, rng: np.random.Generator) 
     raise ValueError(f"found no room for both figures of {scene}")
 
 
-def _tracks(clip: int, scene: Scene, num_frames: int, rng: np.random.Generator) -> Iterator[_Track]:
+def _tracks(clip: int, scene: Scene, num_frames: int, rng: np.random.Generator) -> Iterator[Track]:
     cut = cut_frame(num_frames)
     spans = [(0, num_frames)] if len(scene.shots) == 1 else [(0, cut), (cut, num_frames - cut)]
     for shot, (start, length) in zip(scene.shots, spans, strict=True):
         for slot, figure in enumerate(shot.figures):
-            assert figure.shape is not None
+            assert figure.shape is not None and figure.colour is not None
             spread, travel, height, phase = rng.random(4)
             still = np.zeros(length)
             x: Array = still
@@ -178,7 +194,8 @@ def _tracks(clip: int, scene: Scene, num_frames: int, rng: np.random.Generator) 
                 y = -(low + height * (high - low)) * (1 - (2 * swing - 1) ** 2)
             elif figure.motion == "spinning":
                 angle = SPIN * np.arange(length)
-            yield _Track(clip, slot, figure.shape, start, x, y, r * (1 + RADIUS_SPREAD * (2 * spread - 1)), angle)
+            r = r * (1 + RADIUS_SPREAD * (2 * spread - 1))
+            yield Track(clip, slot, figure.shape, figure.colour, start, x, y, r, angle)
 
 
 def _resized(time: Array, growing: bool) -> Array:
@@ -186,7 +203,7 @@ def _resized(time: Array, growing: bool) -> Array:
     return RADII["small"] + (RADII["large"] - RADII["small"]) * share
 
 
-def _place(tracks: list[_Track], rng: np.random.Generator) -> bool:
+def _place(tracks: list[Track], rng: np.random.Generator) -> bool:
     """Give each track a place to start, two in one shot so that they never touch; whether one was found."""
     if len(tracks) == 1 or tracks[1].slot == 0:
         for track in tracks:
@@ -202,14 +219,14 @@ def _place(tracks: list[_Track], rng: np.random.Generator) -> bool:
     return bool(len(good))
 
 
-def _apart(first: _Track, a: Array, second: _Track, b: Array) -> Array:
+def _apart(first: Track, a: Array, second: Track, b: Array) -> Array:
     """For each candidate, whether in every frame some direction has a GAP between the two figures: [k] bool."""
     between = np.stack([second.x - first.x, second.y - first.y], axis=1) + (b - a)[:, None, :]
     needed = first.support(DIRECTIONS) + second.support(-DIRECTIONS) + GAP
     return np.all(np.any(between @ DIRECTIONS.T >= needed, axis=2), axis=1)
 
 
-def _draw(tracks: list[_Track], planes: Array, num_frames: int) -> None:
+def _draw(tracks: list[Track], planes: Array, num_frames: int) -> None:
     """Paint every figure's coverage into the planes, all figures of one shape and like size at once."""
     groups: dict[tuple[int, Shape, bool, int], list[Array]] = {}
     for track in tracks:

@@ -11,12 +11,14 @@ import torch
 
 from models.pack.grammar import abridge, sample_scenes
 from models.pack.phrases import VOCABULARY, describe
+from models.pack.train.code import CELL, CHANNELS, PICTURE, SCALE, coded, picture
 from models.pack.train.denoiser import CONFIG as DENOISER
 from models.pack.train.denoiser import flow_loss
 from models.pack.train.loop import Training, stream
 from models.pack.train.text import TOKENS, WIDTH, build_encoder, build_tokenizer, embed, tokens
 from models.pack.train.vae import CONFIG as VAE
-from models.pack.train.vae import clips, encode, to_frames, to_pixels
+from models.pack.train.vae import encode, to_frames, to_pixels, windows
+from models.pack.world import render, tracks
 
 
 def _train(folder: Path, until: int) -> Training:
@@ -73,8 +75,9 @@ def test_the_vae_gives_latents_that_the_denoiser_takes():
 
     torch.manual_seed(0)
     vae, denoiser = AutoencoderKLWan(**VAE), WanTransformer3DModel(**DENOISER)
-    latents = encode(vae, clips(0, 0, 2, 17))
-    assert latents.shape == (2, 16, 5, 8, 8)
+    frames, code = coded(sample_scenes(stream(0, 0), 2), range(2))
+    latents = encode(vae, frames)
+    assert latents.shape == code.shape == (2, CHANNELS, 5, 8, 8)
     loss = flow_loss(denoiser, latents, torch.randn(2, TOKENS, WIDTH))
     assert loss.isfinite() and loss > 0
     assert sum(weight.numel() for weight in denoiser.parameters()) <= 7_500_000
@@ -93,6 +96,45 @@ def test_flow_loss_is_nothing_for_the_true_velocity_and_variance_of_noise_for_no
 
 
 def test_pixels_come_back_as_they_were():
-    frames = clips(0, 1, 2, 5)
-    assert frames.shape == (2, 5, 64, 64, 3)
+    frames = render(sample_scenes(stream(0, 1), 2), range(2))
     assert np.array_equal(to_frames(to_pixels(frames, torch.device("cpu"))), frames)
+
+
+def test_the_code_tells_colours_and_where_figures_are():
+    scenes = sample_scenes(stream(0, 2), 6)
+    frames, code = coded(scenes, range(6))
+    assert np.array_equal(frames, render(scenes, range(6)))
+    mean = code[:, :3, 0] / SCALE
+    assert mean == pytest.approx(
+        (frames[:, 0].reshape(6, 8, CELL, 8, CELL, 3).mean(axis=(2, 4)) / 127.5 - 1).transpose(0, 3, 1, 2), abs=1e-5
+    )
+    near = code[:, PICTURE, 0] / SCALE
+    for track in tracks(scenes, range(6)):
+        if track.start == 0:
+            assert near[track.clip, int(track.y[0] // CELL), int(track.x[0] // CELL)] == pytest.approx(1.5)
+    for at in range(6):
+        first = [track for track in tracks(scenes, range(6)) if track.clip == at and track.start == 0]
+        far = [
+            (y, x)
+            for y in range(8)
+            for x in range(8)
+            if all(np.hypot(CELL * x + 4 - each.x[0], CELL * y + 4 - each.y[0]) > 22 for each in first)
+        ]
+        assert all(code[at, PICTURE:, 0, y, x].any() == 0 for y, x in far)
+
+
+def test_the_code_of_a_latent_frame_is_told_by_its_own_frames_alone():
+    scenes = sample_scenes(stream(0, 3), 3, kinds=("one",))
+    frames = render(scenes, range(3))
+    whole = picture(frames)
+    assert whole.shape == (3, PICTURE, 5, 8, 8)
+    assert np.allclose(picture(frames[:, :1])[:, :, 0], whole[:, :, 0])
+    assert np.allclose(picture(np.concatenate([frames[:, :1], frames[:, 5:9]], axis=1))[:, :, 1], whole[:, :, 2])
+
+
+def test_a_window_has_the_code_of_its_own_pixels():
+    frames, code = coded(sample_scenes(stream(0, 4), 4), range(4))
+    shown, told = windows(frames, code, stream(0, 5))
+    assert shown.shape == (4, 17, 32, 32, 3) and told.shape == (4, CHANNELS, 5, 4, 4)
+    blocks = shown[:, 0].reshape(4, 4, CELL, 4, CELL, 3).mean(axis=(2, 4)) / 127.5 - 1
+    assert told[:, :3, 0] / SCALE == pytest.approx(blocks.transpose(0, 3, 1, 2), abs=1e-5)

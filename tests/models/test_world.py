@@ -253,11 +253,12 @@ def test_motions_are_steady(motion: str):
         along = dx * world.STEP[motion][0] + dy * world.STEP[motion][1]
         assert along.min() > 0.6 and along.std(axis=1).max() < 0.1
     elif motion == "bouncing":
-        assert np.abs(dx).max() < 0.1 and np.ptp(y, axis=1).min() > 7
+        assert np.abs(dx).max() < 0.1 and np.ptp(y, axis=1).min() > 6
     else:
         assert np.abs(dx).max() < 0.15 and np.abs(dy).max() < 0.15
     ratio = total[:, -1] / total[:, 0]
-    expected = {"growing": 4.0, "shrinking": 0.25}.get(motion, 1.0)
+    grown = (world.RADII["large"] / world.RADII["small"]) ** 2
+    expected = {"growing": grown, "shrinking": 1 / grown}.get(motion, 1.0)
     assert ratio == pytest.approx(np.full(12, expected), rel=0.05)
     changes = np.abs(np.diff(light, axis=1)).mean(axis=(2, 3)).min(axis=1)
     assert (changes == 0).all() if motion == "still" else (changes > 0).all()

@@ -16,41 +16,46 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.pack.grammar import Figure, Scene, Shot, abridge
-from models.pack.phrases import describe, parse
+from models.pack.grammar import Figure, Scene, Shot, abridge, sample_scenes
+from models.pack.phrases import describe
+from models.pack.train.code import CHANNELS, coded
 from models.pack.train.loop import Training, arguments, precision, set_up, stream
 from models.pack.train.text import WIDTH, build_encoder, build_tokenizer, embed, tokens
 
 CONFIG: dict[str, Any] = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 4,
-    "attention_head_dim": 60,
-    "in_channels": 16,
-    "out_channels": 16,
+    "attention_head_dim": 48,
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
     "text_dim": WIDTH,
     "freq_dim": 128,
-    "ffn_dim": 720,
-    "num_layers": 7,
+    "ffn_dim": 768,
+    "num_layers": 6,
     "rope_max_seq_len": 64,
 }
 DROPOUT = 0.1
 """Share of prompts left out."""
 SHORTENED = 0.25
 """Share of prompts that leave something unsaid."""
-IMAGES = 0.08
+PART = 512
+"""Clips rendered at a time."""
+IMAGES = 0.15
 """Share of steps on images."""
 SHIFT = 2.0
 """Towards noise: s = SHIFT u / (1 + (SHIFT - 1) u)."""
 
 
 def main() -> None:
-    options = arguments(__doc__, steps=20_000, batch_size=32, learning_rate=2e-3).parse_args()
+    parser = arguments(__doc__, steps=20_000, batch_size=32, learning_rate=2e-3)
+    parser.add_argument("--clips", type=int, default=16_384, help="how many to render and train on")
+    options = parser.parse_args()
     device = set_up(options)
     torch.manual_seed(options.seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, Path(options.folder) / "text_encoder").to(device)
     training = Training("denoiser", model, options)
-    data = Latents(Path(options.folder) / "latents")
+    data = Clips(options.clips, options.seed)
     denoise = torch.compile(model["transformer"], dynamic=False) if options.compile else model["transformer"]
 
     def make(step: int) -> tuple[np.ndarray, list[str]]:
@@ -89,29 +94,22 @@ def flow_loss(denoise: Callable[..., Any], latents: torch.Tensor, prompt_embeds:
     return (velocity.float() - (noise - latents)).square().mean()
 
 
-class Latents:
-    """All encoded clips in memory, with the scenes they show."""
+class Clips:
+    """The codes of `count` rendered clips of training scenes, in memory: float16 [count, CHANNELS, 5, 8, 8]."""
 
-    def __init__(self, folder: Path) -> None:
-        files = sorted(path for path in folder.glob("*.npz") if ".part" not in path.name)
-        if not files:
-            raise SystemExit(f"there are no latents in {folder}: run `python -m models.pack.train.latents` first")
-        parts = [np.load(path) for path in files]
-        self.latents = np.concatenate([part["latents"] for part in parts])
-        self.scenes = [_scene(str(prompt)) for part in parts for prompt in part["prompts"]]
+    def __init__(self, count: int, seed: int) -> None:
+        rng = stream(seed, 3_000_000)
+        self.scenes = sample_scenes(rng, count, split="train")
+        seeds = [int(each) for each in rng.integers(1 << 62, size=count)]
+        parts = [coded(self.scenes[at : at + PART], seeds[at : at + PART])[1] for at in range(0, count, PART)]
+        self.codes = np.concatenate([part.astype(np.float16) for part in parts])
 
     def batch(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[str]]:
-        """Latents float16 [size, 16, T, 8, 8] and a prompt for each, T = 1 in some batches."""
-        chosen = rng.integers(len(self.latents), size=size)
+        """Codes float16 [size, CHANNELS, T, 8, 8] and a prompt for each, T = 1 in some batches."""
+        chosen = rng.integers(len(self.codes), size=size)
         image = rng.random() < IMAGES
         prompts = [_prompt(_first_frame(self.scenes[at]) if image else self.scenes[at], rng) for at in chosen]
-        return self.latents[chosen][:, :, : 1 if image else None], prompts
-
-
-def _scene(prompt: str) -> Scene:
-    scene = parse(prompt)
-    assert scene is not None
-    return scene
+        return self.codes[chosen][:, :, : 1 if image else None], prompts
 
 
 def _first_frame(scene: Scene) -> Scene:

@@ -198,24 +198,22 @@ def decoded(vae: Any, rng: np.random.Generator, count: int, split: Any, batch_si
     from models.pack.train.vae import encode, to_frames
 
     device = next(vae.parameters()).device
-    std = torch.tensor(vae.config["latents_std"])[:, None, None, None]
-    mean = torch.tensor(vae.config["latents_mean"])[:, None, None, None]
     frames: list[np.ndarray] = []
     scenes: list[Scene] = []
     for _ in range(-(-count // batch_size)):
         some = sample_scenes(rng, batch_size, split=split)
         clips = render(some, [int(seed) for seed in rng.integers(1 << 62, size=batch_size)])
-        latents = (encode(vae, clips) - mean) / std
+        latents = encode(vae, clips)
         spoilt = torch.stack(
             [damaged(one, latents[at - 1], rng) if rng.random() < 0.5 else one for at, one in enumerate(latents)]
         )
-        frames.extend(to_frames(vae.decode((spoilt * std + mean).to(device)).sample))
+        frames.extend(to_frames(vae.decode(spoilt.to(device)).sample))
         scenes += some
     return packed(np.stack(frames[:count]), scenes[:count])
 
 
 def damaged(latents: torch.Tensor, other: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Latents [16, T, 8, 8], centred and scaled, as a poor denoiser might leave them."""
+    """Latents [C, T, 8, 8] as a poor denoiser might leave them."""
     way = rng.random()
     noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
     if way < 0.4:  # noise left over

@@ -1,10 +1,11 @@
-"""Train the pack's video VAE: 4 frames to one, 8 pixels to one, 16 channels, on rendered clips.
+"""Train the pack's video VAE on rendered clips: the encoder to tell the code of `code.py`, the decoder to draw from it.
 
     python -m models.pack.train.vae [--minutes 60]
 
-Loss: mean absolute and squared difference, the absolute one of differences between neighbours (edges), and a little KL.
-Steps on small windows around a figure, where there is something to learn, then on whole clips, without which the last frames
-of a clip are worse than the first; at last the decoder alone.
+The code is known before the VAE is, so both halves learn at the same time and the denoiser beside them. The decoder is given
+codes with some noise, as a denoiser leaves them, of small windows around a figure, where there is something to learn, and by
+turns of whole clips. In the last steps it is given what the encoder tells, and both learn.
+Its loss: mean absolute and squared difference, with weight on detail, and the absolute one of differences between neighbours.
 The encoder folds 2x2 pixels into channels first (`patch_size`), so that no convolution runs at full size: decoding a clip
 takes 0.1 CPU-seconds.
 """
@@ -21,13 +22,13 @@ from torch import nn
 
 from models.pack.grammar import sample_scenes
 from models.pack.oracle import match, read
+from models.pack.train.code import CELL, CHANNELS, PICTURE, coded
 from models.pack.train.loop import Training, arguments, precision, set_up, stream
 from models.pack.world import render
 
-LATENT_CHANNELS = 16
 CONFIG: dict[str, Any] = {
     "base_dim": 16,
-    "z_dim": LATENT_CHANNELS,
+    "z_dim": CHANNELS,
     "dim_mult": [1, 2, 4],
     "num_res_blocks": 1,
     "attn_scales": [],
@@ -37,90 +38,77 @@ CONFIG: dict[str, Any] = {
     "out_channels": 12,
     "scale_factor_temporal": 4,
     "scale_factor_spatial": 8,
-    "latents_mean": [0.0] * LATENT_CHANNELS,
-    "latents_std": [1.0] * LATENT_CHANNELS,
+    "latents_mean": [0.0] * CHANNELS,
+    "latents_std": [1.0] * CHANNELS,
 }
 EDGES = 0.5
-KL = 1e-5
-FIRST_LOGVAR = -6.0
-"""A posterior that starts narrow lets the decoder see something from the first step on."""
-WINDOW = 32
-WINDOW_STEPS = 3_600
-"""The first steps are on windows of WINDOW pixels and half of a clip's frames; for one whole clip there are four of them."""
-ENCODER_STEPS = 5_400
-"""After so many steps the encoder is exported and learns no more, so that clips can be encoded and the denoiser trained while
-the decoder goes on: on whole clips and on windows of whole length by turns."""
-DETAIL = 10.0
-"""How much more the decoder's error counts where the picture differs from its surroundings. An edge is a small part of it."""
-EXACT = 0.1
-"""Share of steps in which nothing is drawn from the posterior."""
-MEASURED = 256
-"""Clips from which the latents' mean and spread are taken."""
+LOGVAR = -8.0
+"""Of the posterior, the same everywhere: the code is drawn without it."""
+WINDOW = 4
+"""Cells along a window's side."""
+WHOLE = 4
+"""One step in so many draws whole clips."""
+JOINT = 0.2
+"""Share of the steps, at the end, in which the decoder draws from what the encoder tells."""
+NOISE = 0.4
+"""Most noise that is added to a code before it is drawn."""
+DETAIL = 5.0
+"""How much more an error counts where the picture differs from its surroundings. An edge is a small part of it."""
 
 
 def main() -> None:
     from diffusers import AutoencoderKLWan
 
-    parser = arguments(__doc__, steps=9_000, batch_size=4, learning_rate=2e-3)
-    parser.add_argument("--frames", type=int, default=9, help="frames of a window, 4k+1; a clip has twice as many")
-    options = parser.parse_args()
+    options = arguments(__doc__, steps=9_000, batch_size=4, learning_rate=2e-3).parse_args()
     device = set_up(options)
     torch.manual_seed(options.seed)
     model = AutoencoderKLWan(**CONFIG)
     initialise(model)
     training = Training("vae", model.to(device), options)
 
-    def make(step: int) -> np.ndarray:
-        frames = options.frames if step < WINDOW_STEPS else 2 * options.frames - 1
-        if step < WINDOW_STEPS or (step >= ENCODER_STEPS and step % 2):
-            return windows(options.seed, step, 2 * options.batch_size, frames)
-        return clips(options.seed, step, options.batch_size // 2, frames)
+    def make(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        rng = stream(options.seed, step)
+        seeds = [int(seed) for seed in rng.integers(1 << 62, size=options.batch_size)]
+        frames, code = coded(sample_scenes(rng, options.batch_size, split="train"), seeds)
+        whole = slice(None, options.batch_size // 2)
+        if step % WHOLE == 0 or step >= (1 - JOINT) * options.steps:
+            return frames[whole], code[whole], frames[whole], code[whole]
+        return frames[whole], code[whole], *windows(frames, code, rng)
 
-    def loss(step: int, data: np.ndarray) -> dict[str, torch.Tensor]:
-        pixels = to_pixels(data, device)
+    def loss(step: int, data: tuple[np.ndarray, ...]) -> dict[str, torch.Tensor]:
+        seen, told = to_pixels(data[0], device), torch.as_tensor(data[1]).to(device)
+        drawn, shown = torch.as_tensor(data[3]).to(device), to_pixels(data[2], device)
         with precision(options, device):
-            posterior = model.encode(pixels).latent_dist
-            latents = posterior.mode() if step < EXACT * options.steps else posterior.sample()
-            off = _decode_open(model, latents).float() - pixels
-        kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        weight = 1 + DETAIL * _detail(pixels) if step >= ENCODER_STEPS else 1
-        terms = {"l1": (weight * off.abs()).mean(), "l2": (weight * off.square()).mean()}
-        return terms | {"edges": EDGES * _edges(off), "kl": KL * kl}
+            found = model.encode(seen).latent_dist.mode().float()
+            if step >= (1 - JOINT) * options.steps:
+                drawn = found
+            level = NOISE * torch.rand((len(drawn), 1, 1, 1, 1)).square()
+            off = _decode_open(model, drawn + (level * torch.randn(drawn.shape)).to(device)).float() - shown
+        weight = 1 + DETAIL * _detail(shown)
+        return {
+            "code": (found - told).square().mean(),
+            "l1": (weight * off.abs()).mean(),
+            "l2": (weight * off.square()).mean(),
+            "edges": EDGES * _edges(off),
+        }
 
-    if training.step < ENCODER_STEPS:
-        training.run(make, loss, until=min(ENCODER_STEPS, options.steps))
-    if training.step == ENCODER_STEPS:
-        model.load_state_dict(training.average.weights)
-        export(model, Path(options.folder) / "vae", options.seed)
-    if training.step >= ENCODER_STEPS:
-        model.train()
-        model.encoder.requires_grad_(False)
-        model.quant_conv.requires_grad_(False)
-        training.run(make, loss)
+    training.run(make, loss)
     model.load_state_dict(training.average.weights)
-    export(model, Path(options.folder) / "vae", options.seed)
+    model.eval()
+    model.save_pretrained(Path(options.folder) / "vae", safe_serialization=True)
     print(json.dumps(measure(model, options.seed)))
 
 
-def clips(seed: int, step: int, batch_size: int, frames: int) -> np.ndarray:
-    """Rendered windows of `frames` frames, uint8 [batch, frames, 64, 64, 3]; training scenes only."""
-    rng = stream(seed, step)
-    scenes = sample_scenes(rng, batch_size, split="train")
-    whole = render(scenes, [int(seed) for seed in rng.integers(1 << 62, size=batch_size)])
-    starts = rng.integers(whole.shape[1] - frames + 1, size=batch_size)
-    return np.stack([clip[start : start + frames] for clip, start in zip(whole, starts, strict=True)])
-
-
-def windows(seed: int, step: int, batch_size: int, frames: int) -> np.ndarray:
-    """Small windows of clips, uint8 [batch, frames, WINDOW, WINDOW, 3]: of three places the one with most to see."""
-    rng = stream(seed, step, 1)
-    found = []
-    for clip in clips(seed, step, batch_size, frames):
-        places = [
-            clip[:, y : y + WINDOW, x : x + WINDOW] for y, x in rng.integers(clip.shape[1] - WINDOW + 1, size=(3, 2))
-        ]
-        found.append(max(places, key=lambda place: float(place[frames // 2].std())))
-    return np.stack(found)
+def windows(frames: np.ndarray, code: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A window of each clip and its code, [n, T, 32, 32, 3] and [n, C, T', 4, 4]: of three places the one that shows most."""
+    shown, told = [], []
+    for clip, each in zip(frames, code, strict=True):
+        places = rng.integers(each.shape[-1] - WINDOW + 1, size=(3, 2))
+        cuts = [(slice(y, y + WINDOW), slice(x, x + WINDOW)) for y, x in places]
+        down, across = max(cuts, key=lambda cut: float(each[:PICTURE, :, *cut].std(axis=(1, 2, 3)).sum()))
+        told.append(each[:, :, down, across])
+        shown.append(clip[:, *(slice(CELL * cut.start, CELL * cut.stop) for cut in (down, across))])
+    return np.stack(shown), np.stack(told)
 
 
 def to_pixels(frames: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -174,24 +162,13 @@ def initialise(model: nn.Module) -> None:
                 module.weight[:, :, :-1].mul_(0.1)
             if name.endswith((".conv2", ".proj")):
                 module.weight.mul_(0.1)
-    model.quant_conv.weight[LATENT_CHANNELS:] = 0  # type: ignore[union-attr,index]
-    model.quant_conv.bias[LATENT_CHANNELS:] = FIRST_LOGVAR  # type: ignore[union-attr,index]
-
-
-@torch.no_grad()
-def export(model: Any, folder: Path, seed: int) -> None:
-    """Write the checkpoint, with the latents' mean and spread as measured on rendered clips."""
-    model.eval()
-    latents = torch.cat([encode(model, clips(seed, 1_000_000 + at, 8, 17)) for at in range(MEASURED // 8)])
-    model.register_to_config(
-        latents_mean=latents.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=latents.std(dim=(0, 2, 3, 4)).tolist()
-    )
-    model.save_pretrained(folder, safe_serialization=True)
+    model.quant_conv.weight[CHANNELS:] = 0  # type: ignore[union-attr,index]
+    model.quant_conv.bias[CHANNELS:] = LOGVAR  # type: ignore[union-attr,index]
 
 
 @torch.no_grad()
 def encode(model: Any, frames: np.ndarray) -> torch.Tensor:
-    """Latents as the VAE gives them, neither centred nor scaled: float32 [n, 16, (T - 1) / 4 + 1, 8, 8] on the CPU."""
+    """What the VAE tells: float32 [n, CHANNELS, (T - 1) / 4 + 1, 8, 8] on the CPU."""
     pixels = to_pixels(frames, next(model.parameters()).device)
     return model.encode(pixels).latent_dist.mode().float().cpu()
 
