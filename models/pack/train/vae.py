@@ -3,7 +3,7 @@
     python -m models.pack.train.vae [--minutes 60]
 
 The code is known before the VAE is, so both halves learn at the same time and the denoiser beside them. The decoder is given
-codes with some noise, as a denoiser leaves them, of small windows around a figure, where there is something to learn, and by
+codes as a denoiser leaves them, of small windows around a figure, where there is something to learn, and by
 turns of whole clips. In the last steps it is given what the encoder tells, and both learn.
 Its loss: mean absolute and squared difference, with weight on detail, and the absolute one of differences between neighbours.
 The encoder folds 2x2 pixels into channels first (`patch_size`), so that no convolution runs at full size: decoding a clip
@@ -50,8 +50,10 @@ WHOLE = 4
 """One step in so many draws whole clips."""
 JOINT = 0.2
 """Share of the steps, at the end, in which the decoder draws from what the encoder tells."""
-NOISE = 0.4
+NOISE = 0.3
 """Most noise that is added to a code before it is drawn."""
+SMOOTHED = 0.5
+"""Share of codes whose colours run into the neighbouring cells, some or all the way."""
 DETAIL = 5.0
 """How much more an error counts where the picture differs from its surroundings. An edge is a small part of it."""
 
@@ -82,8 +84,7 @@ def main() -> None:
             found = model.encode(seen).latent_dist.mode().float()
             if step >= (1 - JOINT) * options.steps:
                 drawn = found
-            level = NOISE * torch.rand((len(drawn), 1, 1, 1, 1)).square()
-            off = _decode_open(model, drawn + (level * torch.randn(drawn.shape)).to(device)).float() - shown
+            off = _decode_open(model, roughened(drawn)).float() - shown
         weight = 1 + DETAIL * _detail(shown)
         return {
             "code": (found - told).square().mean(),
@@ -97,6 +98,27 @@ def main() -> None:
     model.eval()
     model.save_pretrained(Path(options.folder) / "vae", safe_serialization=True)
     print(json.dumps(measure(model, options.seed)))
+
+
+def roughened(code: torch.Tensor) -> torch.Tensor:
+    """A code as a denoiser leaves it: noisy near figures, its picture softer than it should be, or gone in some cells.
+
+    What it says of a figure in numbers, every cell around repeats, and comes out right far sooner than its picture. A decoder
+    that has seen poor pictures draws from the numbers.
+    """
+    count, device = len(code), code.device
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand((count, *shape)).to(device)
+
+    colours, ripples, told = code[:, :3], code[:, 3:PICTURE], code[:, PICTURE:]
+    near = (told[:, :1].abs() > 0.05).to(code.dtype)
+    around = nn.functional.avg_pool3d(colours, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
+    softer = draw(1, 1, 1, 1) * (draw(1, 1, 1, 1) < SMOOTHED)
+    gone = draw(1, *code.shape[2:]) < draw(1, 1, 1, 1).square()
+    mixed = torch.cat([torch.lerp(colours, around, softer), ripples * ~gone, told], dim=1)
+    noise = torch.randn(code.shape).to(device)
+    return mixed + NOISE * draw(1, 1, 1, 1).square() * near * noise
 
 
 def windows(frames: np.ndarray, code: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

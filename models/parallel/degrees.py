@@ -1,0 +1,68 @@
+"""The degrees of a parallel layout, and the mesh of ranks that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from infra.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+KEY = "layout.parallel"
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How many ranks share the work in each way. `vae` counts among the same ranks, the others multiply."""
+
+    cfg: int = 1
+    """Branches of classifier-free guidance: 1 or 2."""
+    ulysses: int = 1
+    ring: int = 1
+    tensor: int = 1
+    dualparal: int = 1
+    """Stages of the DualParal pipeline."""
+    vae: int = 1
+
+    @property
+    def size(self) -> int:
+        """Ranks of a sampler group."""
+        return max(self.dualparal * self.cfg * self.ring * self.ulysses * self.tensor, self.vae)
+
+    def check(self, *, heads: int, layers: int, guided: bool) -> None:
+        """Raise a UserError that names the numbers where a denoiser of so many heads and layers does not fit."""
+        for field in fields(self):
+            if getattr(self, field.name) < 1:
+                raise UserError(f"{KEY}.{field.name}: expected 1 or more, found {getattr(self, field.name)}")
+        if self.cfg > 2:
+            raise UserError(f"{KEY}.cfg: guidance has two branches, found {self.cfg}; use 1 or 2")
+        if self.cfg == 2 and not guided:
+            raise UserError(f"{KEY}.cfg: 2 branches want guidance_scale above 1; use cfg: 1")
+        if heads % self.tensor:
+            raise UserError(
+                f"{KEY}.tensor: {heads} heads cannot be shared by {self.tensor} ranks; use a divisor of {heads}"
+            )
+        if self.ulysses > heads // self.tensor:
+            raise UserError(
+                f"{KEY}.ulysses: {self.ulysses} ranks for {heads // self.tensor} heads leave some idle; use ring for the rest"
+            )
+        if self.dualparal > layers:
+            raise UserError(f"{KEY}.dualparal: {self.dualparal} stages for {layers} layers; use at most {layers}")
+        if self.dualparal > 1 and (self.ring > 1 or self.tensor > 1):
+            raise UserError(f"{KEY}.dualparal: composes with cfg and ulysses, not with ring or tensor; set those to 1")
+        split = self.dualparal * self.cfg * self.ring * self.ulysses * self.tensor
+        if split % self.vae and self.vae % split:
+            raise UserError(f"{KEY}.vae: {self.vae} does not fit a group of {split} ranks; use a divisor of {split}")
+
+
+AXES = ("dualparal", "cfg", "ring", "ulysses", "tensor")
+"""Axes of the mesh, slowest first: ranks that exchange most are neighbours."""
+
+
+def build_mesh(degrees: Degrees, device: str = "cpu") -> DeviceMesh:
+    """The mesh of a group's ranks. Every rank of the default process group calls it."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device, tuple(getattr(degrees, axis) for axis in AXES), mesh_dim_names=AXES)
