@@ -17,7 +17,8 @@ import torch.multiprocessing
 def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(*args)` on each of `count` ranks of a gloo group, one thread each."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (count, folder, function, args), nprocs=count)
+        # Forked, because importing torch and diffusers takes longer than any test.
+        torch.multiprocessing.start_processes(_rank, (count, folder, function, args), count, start_method="fork")
         return [pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(count)]
 
 
