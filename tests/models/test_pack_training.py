@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from models.pack.grammar import abridge, sample_scenes
+from models.pack.grammar import Shot, abridge, sample_scenes
 from models.pack.phrases import VOCABULARY, describe
-from models.pack.train.code import CELL, CHANNELS, PICTURE, SCALE, coded, picture
+from models.pack.train.code import CELL, CHANNELS, GROUND, NUMBERS, SCALE, coded
 from models.pack.train.denoiser import CONFIG as DENOISER
 from models.pack.train.denoiser import flow_loss
 from models.pack.train.loop import Training, stream
@@ -100,41 +101,48 @@ def test_pixels_come_back_as_they_were():
     assert np.array_equal(to_frames(to_pixels(frames, torch.device("cpu"))), frames)
 
 
-def test_the_code_tells_colours_and_where_figures_are():
+def test_the_code_tells_colours_edges_and_where_figures_are():
     scenes = sample_scenes(stream(0, 2), 6)
     frames, code = coded(scenes, range(6))
     assert np.array_equal(frames, render(scenes, range(6)))
-    mean = code[:, :3, 0] / SCALE
-    assert mean == pytest.approx(
-        (frames[:, 0].reshape(6, 8, CELL, 8, CELL, 3).mean(axis=(2, 4)) / 127.5 - 1).transpose(0, 3, 1, 2), abs=1e-5
-    )
-    near = code[:, PICTURE, 0] / SCALE
-    for track in tracks(scenes, range(6)):
-        if track.start == 0:
-            assert near[track.clip, int(track.y[0] // CELL), int(track.x[0] // CELL)] == pytest.approx(1.5)
+    told = code[:, :, 0] / SCALE
+    assert told[:, :GROUND, 3, 3] == pytest.approx(frames[:, 0, 0, 0] / 127.5 - 1, abs=1e-5)
+    first = [track for track in tracks(scenes, range(6)) if track.start == 0]
+    for track in first:
+        assert told[track.clip, NUMBERS, int(track.y[0] // CELL), int(track.x[0] // CELL)] == pytest.approx(1.5)
+    ground = frames[:, :1, :1, :1].astype(int)
+    shown = np.abs(frames[:, 0].astype(int) - ground[:, 0]).max(axis=3) > 3
+    inside = told[:, GROUND : GROUND + 4].reshape(6, 2, 2, 8, 8).transpose(0, 3, 1, 4, 2).reshape(6, 16, 16) > 1.2
+    assert inside.any() and (shown.reshape(6, 16, 4, 16, 4).any(axis=(2, 4)) | ~inside).all()
     for at in range(6):
-        first = [track for track in tracks(scenes, range(6)) if track.clip == at and track.start == 0]
-        far = [
-            (y, x)
-            for y in range(8)
-            for x in range(8)
-            if all(np.hypot(CELL * x + 4 - each.x[0], CELL * y + 4 - each.y[0]) > 22 for each in first)
-        ]
-        assert all(code[at, PICTURE:, 0, y, x].any() == 0 for y, x in far)
+        y, x = np.mgrid[0:8, 0:8] * CELL + CELL / 2
+        away = [np.hypot(x - each.x[0], y - each.y[0]) > 22 for each in first if each.clip == at]
+        assert (told[at, NUMBERS:, np.logical_and.reduce(away)] == 0).all()
 
 
 def test_the_code_of_a_latent_frame_is_told_by_its_own_frames_alone():
-    scenes = sample_scenes(stream(0, 3), 3, kinds=("one",))
-    frames = render(scenes, range(3))
-    whole = picture(frames)
-    assert whole.shape == (3, PICTURE, 5, 8, 8)
-    assert np.allclose(picture(frames[:, :1])[:, :, 0], whole[:, :, 0])
-    assert np.allclose(picture(np.concatenate([frames[:, :1], frames[:, 5:9]], axis=1))[:, :, 1], whole[:, :, 2])
+    scenes = sample_scenes(stream(0, 3), 3, kinds=("one",), image=True)
+    still = [replace(scene, shots=(_standing(scene.shots[0]),)) for scene in scenes]
+    clips = coded(still, range(3))[1]
+    assert clips.shape == (3, CHANNELS, 5, 8, 8)
+    assert np.allclose(clips, clips[:, :, :1])
+
+
+def _standing(shot: Shot) -> Shot:
+    return replace(shot, figures=tuple(replace(figure, motion="still") for figure in shot.figures))
 
 
 def test_a_window_has_the_code_of_its_own_pixels():
     frames, code = coded(sample_scenes(stream(0, 4), 4), range(4))
     shown, told = windows(frames, code, stream(0, 5))
     assert shown.shape == (4, 17, 32, 32, 3) and told.shape == (4, CHANNELS, 5, 4, 4)
-    blocks = shown[:, 0].reshape(4, 4, CELL, 4, CELL, 3).mean(axis=(2, 4)) / 127.5 - 1
-    assert told[:, :3, 0] / SCALE == pytest.approx(blocks.transpose(0, 3, 1, 2), abs=1e-5)
+    for clip, each in zip(shown, told, strict=True):
+        places = [
+            (y, x)
+            for whole, its in zip(frames, code, strict=True)
+            for y in range(5)
+            for x in range(5)
+            if np.array_equal(whole[:, CELL * y : CELL * y + 32, CELL * x : CELL * x + 32], clip)
+            and np.array_equal(its[:, :, y : y + 4, x : x + 4], each)
+        ]
+        assert places

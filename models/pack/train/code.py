@@ -1,10 +1,10 @@
 """The latent code of the pack's VAE, made of what the renderer knows: what each 8x8 cell of a latent frame tells.
 
-The first PICTURE channels are the lowest frequencies of the cell's pixels (a cosine transform of its block of four frames).
-The others say in numbers which figure is near the cell: its shape, colour, place, size, turn and how it moves, faded out away
-from it. Latents that carry what is seen beside how it looks are learnt by a diffusion model many times faster: as in ReDi
-(Kouzelis et al. 2025, "Boosting Generative Image Modeling via Joint Image-Feature Synthesis") and VA-VAE (Yao et al. 2025),
-which take the features of a vision model; a renderer knows better ones.
+Channels are, in this order: the background's colour; how deep the middle of each quarter of the cell lies in a figure, in
+each of four frames (a signed distance, cut off); and, faded out away from it, numbers of the figure that is nearest: its
+shape, colour, place, size, turn and how it moves. Latents that carry what is seen beside how it looks are learnt by a
+diffusion model many times faster: as in ReDi (Kouzelis et al. 2025, "Boosting Generative Image Modeling via Joint
+Image-Feature Synthesis") and VA-VAE (Yao et al. 2025), which take a vision model's features; a renderer knows better ones.
 
 Causal like Wan's VAE: the first latent frame tells of the first frame alone, each other one of its own four.
 """
@@ -12,7 +12,6 @@ Causal like Wan's VAE: the first latent frame tells of the first frame alone, ea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import cos, pi
 
 import numpy as np
 
@@ -24,11 +23,12 @@ CELL = 8
 CELLS = FRAME // CELL
 SPAN = 4
 """Frames of a latent frame, but for the first one."""
-FREQUENCIES = ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1))
-"""In time, down and across."""
-PICTURE = 3 * len(FREQUENCIES)
-RIPPLE = 2.5
-"""The higher frequencies are small, and are made larger."""
+QUARTERS = 2
+"""Parts of a cell, across and down, whose depth is told."""
+GROUND = 3
+DEPTHS = QUARTERS**2 * SPAN
+STEEP = 5.0
+"""Pixels outside or inside of an edge beyond which a depth is cut off."""
 SCALE = 1.4
 """Of all channels, for a spread near that of the noise."""
 NEAR = 12.0
@@ -37,7 +37,9 @@ FAR = 22.0
 """And from which on it tells nothing."""
 MIDDLE = 7.6
 """Pixels: of a figure of this radius the code says nought."""
-CHANNELS = PICTURE + 1 + len(SHAPES) + 3 + 2 + 1 + 2 + 4
+NUMBERS = GROUND + DEPTHS
+"""The first channel of the numbers: how much the cell tells of a figure."""
+CHANNELS = NUMBERS + 1 + len(SHAPES) + 3 + 2 + 1 + 2 + 4
 
 Array = np.ndarray
 
@@ -45,33 +47,34 @@ Array = np.ndarray
 def coded(scenes: Sequence[Scene], seeds: Sequence[int], *, num_frames: int = NUM_FRAMES) -> tuple[Array, Array]:
     """Clips as `render` makes them, and their code: float32 [n, CHANNELS, (T - 1) / 4 + 1, 8, 8]."""
     frames = render(scenes, seeds, num_frames=num_frames)
-    told = np.zeros((len(frames), CHANNELS, 1 + (num_frames - 1) // SPAN, CELLS, CELLS), dtype=np.float32)
-    told[:, :PICTURE] = picture(frames)
-    nearest = np.full((len(frames), *told.shape[2:]), np.inf)
+    length = 1 + (num_frames - 1) // SPAN
+    told = np.zeros((len(frames), CHANNELS, length, CELLS, CELLS), dtype=np.float32)
+    nearest = np.full((len(frames), length, CELLS, CELLS), np.inf)
+    first = [0, *range(1, num_frames, SPAN)]
+    # The corner shows the background in every frame.
+    told[:, :GROUND] = (frames[:, first, 0, 0].transpose(0, 2, 1) / 127.5 - 1)[..., None, None]
     for track in tracks(scenes, seeds, num_frames=num_frames):
-        for at in range(told.shape[2]):
-            _tell(track, at, told[track.clip, PICTURE:, at], nearest[track.clip, at])
+        depths = told[track.clip, GROUND:NUMBERS]
+        np.maximum(depths, _depths(track, num_frames), out=depths)
+        for at in range(length):
+            _tell(track, at, told[track.clip, NUMBERS:, at], nearest[track.clip, at])
     return frames, SCALE * told
 
 
-def picture(frames: Array) -> Array:
-    """The lowest frequencies of each cell: float32 [n, PICTURE, T', 8, 8] of uint8 [n, T, 64, 64, 3]."""
-    pixels = frames.astype(np.float32) / 127.5 - 1
-    pixels = np.concatenate([pixels[:, :1].repeat(SPAN, axis=1), pixels[:, 1:]], axis=1)
-    blocks = pixels.reshape(len(frames), -1, SPAN, CELLS, CELL, CELLS, CELL, 3)
-    waves = np.stack([RIPPLE ** (sum(wave) > 0) * _wave(*wave) for wave in FREQUENCIES])
-    size = (len(frames), blocks.shape[1], CELLS, CELLS, 3)
-    found = blocks.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(-1, waves[0].size) @ waves.reshape(len(waves), -1).T
-    return found.reshape(*size, -1).transpose(0, 5, 4, 1, 2, 3).reshape(len(frames), PICTURE, -1, CELLS, CELLS)
-
-
-def _wave(*frequencies: int) -> Array:
-    """A product of cosines whose mean square is one, over the size of a block: [4, 8, 8]."""
-    axes = [
-        np.array([cos(pi * k * (x + 0.5) / size) for x in range(size)]) * (2**0.5 if k else 1.0) / size
-        for k, size in zip(frequencies, (SPAN, CELL, CELL), strict=True)
-    ]
-    return np.einsum("a,b,c->abc", *axes).astype(np.float32)
+def _depths(track: Track, num_frames: int) -> Array:
+    """0 far outside, 1 at the edge, 2 deep inside: [DEPTHS, T', 8, 8]."""
+    size = CELLS * QUARTERS
+    middles = (np.arange(size) + 0.5) * FRAME / size
+    cos, sin = np.cos(track.angle)[:, None, None], np.sin(track.angle)[:, None, None]
+    across, down = middles[None, None, :] - track.x[:, None, None], middles[None, :, None] - track.y[:, None, None]
+    distance = OUTLINES[track.shape].distance(
+        cos * across + sin * down, cos * down - sin * across, track.r[:, None, None]
+    )
+    deep = np.zeros((num_frames, size, size), dtype=np.float32)
+    deep[track.start : track.start + len(track.x)] = np.clip(1 - distance / STEEP, 0, 2)
+    deep = np.concatenate([deep[:1].repeat(SPAN, axis=0), deep[1:]])
+    cut = deep.reshape(-1, SPAN, CELLS, QUARTERS, CELLS, QUARTERS).transpose(1, 3, 5, 0, 2, 4)
+    return cut.reshape(DEPTHS, -1, CELLS, CELLS)
 
 
 def _tell(track: Track, at: int, told: Array, nearest: Array) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 
 from models.pack.grammar import sample_scenes
 from models.pack.oracle import match, read
-from models.pack.train.code import CELL, CHANNELS, PICTURE, coded
+from models.pack.train.code import CELL, CHANNELS, GROUND, NUMBERS, coded
 from models.pack.train.loop import Training, arguments, precision, set_up, stream
 from models.pack.world import render
 
@@ -52,8 +52,6 @@ JOINT = 0.2
 """Share of the steps, at the end, in which the decoder draws from what the encoder tells."""
 NOISE = 0.3
 """Most noise that is added to a code before it is drawn."""
-SMOOTHED = 0.5
-"""Share of codes whose colours run into the neighbouring cells, some or all the way."""
 DETAIL = 5.0
 """How much more an error counts where the picture differs from its surroundings. An edge is a small part of it."""
 
@@ -101,24 +99,10 @@ def main() -> None:
 
 
 def roughened(code: torch.Tensor) -> torch.Tensor:
-    """A code as a denoiser leaves it: noisy near figures, its picture softer than it should be, or gone in some cells.
-
-    What it says of a figure in numbers, every cell around repeats, and comes out right far sooner than its picture. A decoder
-    that has seen poor pictures draws from the numbers.
-    """
-    count, device = len(code), code.device
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.rand((count, *shape)).to(device)
-
-    colours, ripples, told = code[:, :3], code[:, 3:PICTURE], code[:, PICTURE:]
-    near = (told[:, :1].abs() > 0.05).to(code.dtype)
-    around = nn.functional.avg_pool3d(colours, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
-    softer = draw(1, 1, 1, 1) * (draw(1, 1, 1, 1) < SMOOTHED)
-    gone = draw(1, *code.shape[2:]) < draw(1, 1, 1, 1).square()
-    mixed = torch.cat([torch.lerp(colours, around, softer), ripples * ~gone, told], dim=1)
-    noise = torch.randn(code.shape).to(device)
-    return mixed + NOISE * draw(1, 1, 1, 1).square() * near * noise
+    """A code as a denoiser leaves it: noisy near figures. Elsewhere it is plain, and would tell how much noise there is."""
+    near = (code[:, NUMBERS : NUMBERS + 1].abs() > 0.05).to(code.dtype)
+    level = NOISE * torch.rand((len(code), 1, 1, 1, 1)).square()
+    return code + near * (level * torch.randn(code.shape)).to(code.device)
 
 
 def windows(frames: np.ndarray, code: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +111,7 @@ def windows(frames: np.ndarray, code: np.ndarray, rng: np.random.Generator) -> t
     for clip, each in zip(frames, code, strict=True):
         places = rng.integers(each.shape[-1] - WINDOW + 1, size=(3, 2))
         cuts = [(slice(y, y + WINDOW), slice(x, x + WINDOW)) for y, x in places]
-        down, across = max(cuts, key=lambda cut: float(each[:PICTURE, :, *cut].std(axis=(1, 2, 3)).sum()))
+        down, across = max(cuts, key=lambda cut: float(each[GROUND:NUMBERS, :, *cut].std()))
         told.append(each[:, :, down, across])
         shown.append(clip[:, *(slice(CELL * cut.start, CELL * cut.stop) for cut in (down, across))])
     return np.stack(shown), np.stack(told)
