@@ -54,6 +54,8 @@ class Family:
     """False: its pipeline keeps latents in the denoiser's precision while it steps."""
     call: tuple[tuple[str, Any], ...] = ()
     """More arguments of `__call__`."""
+    layouts: tuple[str, ...] = ()
+    """Ways in which its denoiser can be laid out over ranks: names of `Degrees`."""
 
     @property
     def layout(self) -> str:
@@ -155,7 +157,17 @@ _MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "
 _SANA = (("use_resolution_binning", False), ("negative_prompt", None))
 
 FAMILIES: tuple[Family, ...] = (
-    Family("Wan text-to-video", "WanPipeline", "video", _PAIR, 512, "tokenizer", patch=2, float32_vae=True),
+    Family(
+        "Wan text-to-video",
+        "WanPipeline",
+        "video",
+        _PAIR,
+        512,
+        "tokenizer",
+        patch=2,
+        float32_vae=True,
+        layouts=("cfg", "ulysses", "ring", "tensor"),
+    ),
     Family(
         "Wan image-to-video",
         "WanImageToVideoPipeline",

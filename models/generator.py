@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ class Generator:
         self._schedulers: dict[str, Any] = {}
         self._schedules: dict[tuple[str, Shape], dict[str, Any]] = {}
         self._whole_shapes: dict[Shape, tuple[int, ...] | None] = {}
+        self._layout: Any = None
 
     @property
     def batches(self) -> bool:
@@ -187,7 +189,14 @@ class Generator:
         if part not in self._pipes:
             self._pipes[part] = load_pipeline(self.ref, self.family, part)
             self._schedulers[part] = getattr(self._pipes[part], "scheduler", None)
+            if part == "sample" and self.ref.parallel.size > 1:
+                self._layout = self._laid_out(self._pipes[part])
         return self._pipes[part]
+
+    def _laid_out(self, pipe: Any) -> Any:
+        from models.parallel.layout import lay_out
+
+        return lay_out(pipe, self._known, self.ref.parallel, device=pipe._execution_device.type)
 
     def _scheduler(self, plan: SamplerPlan) -> Any:
         """A fresh one each time: schedulers remember the last samples they saw."""
@@ -220,7 +229,8 @@ class Generator:
         arguments |= {name: _argument(value, dtype, device) for name, value in conditions.items()}
         pipe.scheduler = self._scheduler(plan)
         latents = torch.from_numpy(np.ascontiguousarray(noise)).to(device, family.noise_dtype(dtype))
-        with torch.inference_mode(), _Evaluations(pipe) as evaluations:
+        sampling = nullcontext() if self._layout is None else self._layout.sampling(pipe, arguments)
+        with torch.inference_mode(), sampling, _Evaluations(pipe) as evaluations:
             output = pipe(latents=family.pack(pipe, latents), **arguments)
             latents = family.unpack(pipe, output[0], noise.shape[1:])
         self._remember(plan, shape)

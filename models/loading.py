@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from infra.errors import UserError
 from models.families import Family
+from models.parallel.degrees import Degrees
 from models.placement import device_of, dtype_of
 from models.weights import refuse_meta, text_models
 
@@ -37,6 +38,8 @@ class GeneratorRef:
     vae_tiling: bool = False
     remote_code: str | None = None
     revision: str | None = None
+    parallel: Degrees = field(default_factory=Degrees)
+    """More than one rank: each is a process of one torch.distributed group, and all make the same calls."""
 
 
 def read_index(path: str) -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""A pipeline's denoisers laid out over the ranks of a group: every rank makes the same call and gets the same latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from infra.errors import UserError
+from models.families import Family
+from models.parallel.attention import Split
+from models.parallel.degrees import KEY, Degrees, build_mesh
+from models.parallel.guidance import GuidanceParallel
+from models.parallel.tensor import split_tensors
+from models.parallel.wan import split_sequence
+
+_DENOISERS = ("transformer", "transformer_2")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a rank must know of its group while it samples."""
+
+    degrees: Degrees
+    branches: Any = None
+    """The ranks that evaluate the two branches of guidance."""
+
+    @contextmanager
+    def sampling(self, pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
+        """Around one call of the pipeline with these arguments."""
+        if self.branches is None:
+            yield
+            return
+        branches = (arguments["prompt_embeds"], arguments["negative_prompt_embeds"])
+        denoisers = _denoisers(pipe)
+        try:
+            for denoiser in denoisers:
+                denoiser.forward = GuidanceParallel(denoiser.forward, branches, self.branches)
+            yield
+        finally:
+            for denoiser in denoisers:
+                del denoiser.forward
+
+
+def lay_out(pipe: Any, family: Family, degrees: Degrees, *, device: str = "cpu") -> Layout:
+    """Cut the denoisers of `pipe` for this rank. Each rank of the default process group calls it with the same arguments."""
+    for name in ("cfg", "ulysses", "ring", "tensor", "dualparal"):
+        if getattr(degrees, name) > 1 and name not in family.layouts:
+            raise UserError(f"{KEY}.{name}: {family.name} has no such layout; use 1")
+    for denoiser in _denoisers(pipe):
+        heads, layers = denoiser.config.num_attention_heads, denoiser.config.num_layers
+        degrees.check(heads=heads, layers=layers, guided=True)
+    mesh = build_mesh(degrees, device)
+    for denoiser in _denoisers(pipe):
+        if degrees.tensor > 1:
+            split_tensors(denoiser, mesh["tensor"])
+        if degrees.ring * degrees.ulysses > 1:
+            split_sequence(denoiser, Split(ring=mesh["ring"].get_group(), ulysses=mesh["ulysses"].get_group()))
+    return Layout(degrees, mesh["cfg"].get_group() if degrees.cfg > 1 else None)
+
+
+def _denoisers(pipe: Any) -> list[Any]:
+    return [denoiser for name in _DENOISERS if (denoiser := getattr(pipe, name, None)) is not None]

@@ -1,0 +1,64 @@
+"""A generator over ranks samples what one process samples, through its pipeline's own call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from infra.errors import UserError
+from models.families import family_of
+from models.generator import Generator, GeneratorRef
+from models.noise import noise_key, standard_normal
+from models.parallel.degrees import Degrees
+from models.parallel.layout import lay_out
+from models.plan import SamplerPlan
+from tests.models.parallel.ranks import on_ranks
+
+PLAN = SamplerPlan(num_inference_steps=3, guidance_scale=3.0, max_sequence_length=16)
+VIDEO = (32, 32, 9)
+
+
+def _latents(ref: GeneratorRef) -> tuple[np.ndarray, int]:
+    generator = Generator(ref)
+    shape = generator.latent_shape(*VIDEO)
+    noise = np.stack([standard_normal(noise_key(0, name, 0), shape) for name in "ab"])
+    conditions = generator.encode(["a cat", "two dogs"], ["", "blurred"], [], PLAN)
+    return generator.sample(conditions, noise, PLAN, *VIDEO, 8.0)
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [Degrees(cfg=2), Degrees(ulysses=2), Degrees(ring=2), Degrees(tensor=2), Degrees(cfg=2, ulysses=2)],
+    ids=str,
+)
+def test_a_generator_over_ranks_samples_what_one_process_does(
+    degrees: Degrees, tiny_checkpoint: Callable[[str], str]
+) -> None:
+    path = tiny_checkpoint("WanPipeline")
+    wanted, evaluations = _latents(GeneratorRef(path))
+    for made, counted in on_ranks(degrees.size, _latents, GeneratorRef(path, parallel=degrees)):
+        assert counted == evaluations
+        assert np.abs(made - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def test_a_family_without_a_layout_says_so() -> None:
+    with pytest.raises(UserError, match=r"layout\.parallel\.ring: FLUX\.1 has no such layout"):
+        lay_out(object(), family_of("FluxPipeline"), Degrees(ring=2))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "said"),
+    [
+        (Degrees(cfg=3), "two branches, found 3"),
+        (Degrees(tensor=3), "4 heads cannot be shared by 3 ranks"),
+        (Degrees(ulysses=8), "8 ranks for 4 heads"),
+        (Degrees(dualparal=9), "9 stages for 6 layers"),
+        (Degrees(dualparal=2, ring=2), "not with ring"),
+        (Degrees(ulysses=4, vae=3), "3 does not fit a group of 4"),
+    ],
+)
+def test_degrees_that_do_not_fit_name_the_numbers(degrees: Degrees, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        degrees.check(heads=4, layers=6, guided=True)
