@@ -189,14 +189,16 @@ class Generator:
         if part not in self._pipes:
             self._pipes[part] = load_pipeline(self.ref, self.family, part)
             self._schedulers[part] = getattr(self._pipes[part], "scheduler", None)
-            if part == "sample" and self.ref.parallel.size > 1:
-                self._layout = self._laid_out(self._pipes[part])
         return self._pipes[part]
 
-    def _laid_out(self, pipe: Any) -> Any:
+    def lay_out(self) -> None:
+        """Cut the denoiser for this rank, once its process group is there. Where there is one rank it does nothing."""
+        if self.ref.parallel.size == 1 or self._layout is not None:
+            return
         from models.parallel.layout import lay_out
 
-        return lay_out(pipe, self._known, self.ref.parallel, device=pipe._execution_device.type)
+        pipe = self._pipe("sample")
+        self._layout = lay_out(pipe, self._known, self.ref.parallel, device=pipe._execution_device.type)
 
     def _scheduler(self, plan: SamplerPlan) -> Any:
         """A fresh one each time: schedulers remember the last samples they saw."""
@@ -212,6 +214,7 @@ class Generator:
         import torch
 
         family, pipe = self._known, self._pipe("sample")
+        self.lay_out()
         dtype, device = denoiser_of(pipe).dtype, pipe._execution_device
         arguments: dict[str, Any] = {
             "num_inference_steps": plan.num_inference_steps,

@@ -13,10 +13,11 @@ import queue
 import threading
 import warnings
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infra.errors import UserError
 from infra.ray_session import session_lives
 from stages.batch import Batch, Stage, WorldFault
 
@@ -32,7 +33,7 @@ END_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Group:
-    """Actors that run the same stages. `num_cpus` and `num_gpus` are one actor's."""
+    """Actors that run the same stages. `num_cpus` and `num_gpus` are one rank's; an actor is one, or leads several."""
 
     name: str
     stages: tuple[Stage, ...]
@@ -43,9 +44,19 @@ class Group:
     on_gpu_cluster: bool = False
 
     @property
+    def ranks(self) -> int:
+        return max(getattr(stage, "ranks", 1) for stage in self.stages)
+
+    @property
     def accelerators(self) -> float:
-        """Devices an actor counts for: its GPUs, or 1 where the whole run has none."""
-        return self.num_gpus if self.on_gpu_cluster else 1.0
+        """Devices an actor counts for, with its ranks: GPUs, or one a rank where the whole run has none."""
+        return self.ranks * (self.num_gpus if self.on_gpu_cluster else 1.0)
+
+    @property
+    def placed(self) -> tuple[Stage, ...]:
+        """The stages, told what their further ranks may ask Ray for."""
+        share = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+        return tuple(replace(stage, **share) if hasattr(stage, "ranks") else stage for stage in self.stages)  # type: ignore[type-var]
 
 
 def place(
@@ -67,15 +78,20 @@ def place(
         needs_model: whether the judging group computes with a model (and so wants a share of a GPU).
     """
     fixed = actors or {}
+    ranks = max(getattr(stage, "ranks", 1) for stage in generating)
     if gpus >= 1:
         judges = fixed.get("judge", max(1, int(gpus) // 8))
         judge_gpu = 0.0 if not needs_model else (0.25 if gpus < 2 else 1.0)
         free = gpus - judges * judge_gpu
-        samplers = fixed.get("sample", max(1, int(free)))
-        sample_gpu = min(1.0, free / samplers)
-        if split and free >= 3:
+        if ranks > 1 and free < ranks:
+            raise UserError(
+                f"layout.parallel: {ranks} ranks want a GPU each, found {free:g} of {gpus:g} free for it; use less"
+            )
+        samplers = fixed.get("sample", max(1, int(free) // ranks))
+        sample_gpu = min(1.0, free / (samplers * ranks))
+        if split and free >= 2 + ranks:
             encode, sample, decode = generating
-            left = samplers - 2 if "sample" not in fixed else samplers
+            left = int(free - 2) // ranks if "sample" not in fixed else samplers
             return (
                 Group("encode", (encode,), 1, 1, sample_gpu, on_gpu_cluster=True),
                 Group("sample", (sample,), max(1, left), 1, sample_gpu, ("cond.",), on_gpu_cluster=True),
@@ -88,8 +104,8 @@ def place(
         )
     apart = 2 if split else 0  # encode and decode
     judges = fixed.get("judge", max(1, int(cpus) // 8))
-    samplers = fixed.get("sample", max(1, int(cpus) - judges - apart))
-    share = min(1.0, max(0.1, (cpus - 0.1) / (judges + samplers + apart)))
+    samplers = fixed.get("sample", max(1, (int(cpus) - judges - apart) // ranks))
+    share = min(1.0, max(0.1, (cpus - 0.1) / (judges + samplers * ranks + apart)))
     if split:
         encode, sample, decode = generating
         return (
@@ -198,7 +214,7 @@ def _dataset(feeder: Feeder, groups: tuple[Group, ...], context: dict[str, str],
             StageActor,
             fn_constructor_args=(
                 group.name,
-                group.stages,
+                group.placed,
                 group.drop,
                 group.accelerators,
                 earliest,

@@ -20,6 +20,7 @@ from models.licences import Licence, licence_of
 from models.loading import GeneratorRef, read_index
 from models.multimodal import MultimodalRef
 from models.pack import marks
+from models.parallel.degrees import Degrees, check_layout
 from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
 from pipelines.identity import generator_id
@@ -160,6 +161,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
     if spec.judge.backend == "oracle":
         _check_oracle(rubric)
     plan = sampler_plan(spec)
+    degrees = Degrees(**spec.layout.parallel.model_dump())
     generators, facts, ids = [], [], []
     licences: dict[str, Licence] = {}
     for at, generator in enumerate(spec.generators):
@@ -169,6 +171,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
             )
         folder = resolve(generator.model, "generator", generator.revision)
         pipeline = read_index(folder)["_class_name"]
+        check_layout(folder, family_of(pipeline), degrees, guided=spec.sampler.guidance_scale > 1)
         if family_of(pipeline) is None and (spec.output.tensors or spec.output.keep_rejected == "latents"):
             key = "output.tensors" if spec.output.tensors else "output.keep_rejected"
             raise UserError(
@@ -186,6 +189,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
             vae_tiling=spec.layout.vae_tiling,
             remote_code=generator.remote_code,
             revision=generator.revision,
+            parallel=degrees,
         )
         fact = GeneratorFacts(
             model=generator.model,

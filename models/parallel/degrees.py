@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra.errors import UserError
+from models.families import Family
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -55,6 +58,20 @@ class Degrees:
         split = self.dualparal * self.cfg * self.ring * self.ulysses * self.tensor
         if split % self.vae and self.vae % split:
             raise UserError(f"{KEY}.vae: {self.vae} does not fit a group of {split} ranks; use a divisor of {split}")
+
+
+def check_layout(folder: str, family: Family | None, degrees: Degrees, *, guided: bool) -> None:
+    """Raise a UserError where the checkpoint in `folder` cannot be laid out so; it reads configurations only."""
+    for field in fields(degrees):
+        degree = getattr(degrees, field.name)
+        if degree > 1 and (family is None or field.name not in family.layouts):
+            name = family.name if family else "a pipeline that runs whole"
+            raise UserError(f"{KEY}.{field.name}: {name} has no such layout, found {degree}; use 1")
+    if degrees.size == 1:
+        return
+    for path in sorted(Path(folder).glob("transformer*/config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        degrees.check(heads=config["num_attention_heads"], layers=config["num_layers"], guided=guided)
 
 
 AXES = ("dualparal", "cfg", "ring", "ulysses", "tensor")

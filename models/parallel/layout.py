@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from infra.errors import UserError
 from models.families import Family
 from models.parallel.attention import Split
-from models.parallel.degrees import KEY, Degrees, build_mesh
+from models.parallel.degrees import Degrees, build_mesh
 from models.parallel.guidance import GuidanceParallel
 from models.parallel.tensor import split_tensors
 from models.parallel.wan import split_sequence
@@ -45,12 +44,6 @@ class Layout:
 
 def lay_out(pipe: Any, family: Family, degrees: Degrees, *, device: str = "cpu") -> Layout:
     """Cut the denoisers of `pipe` for this rank. Each rank of the default process group calls it with the same arguments."""
-    for name in ("cfg", "ulysses", "ring", "tensor", "dualparal"):
-        if getattr(degrees, name) > 1 and name not in family.layouts:
-            raise UserError(f"{KEY}.{name}: {family.name} has no such layout; use 1")
-    for denoiser in _denoisers(pipe):
-        heads, layers = denoiser.config.num_attention_heads, denoiser.config.num_layers
-        degrees.check(heads=heads, layers=layers, guided=True)
     mesh = build_mesh(degrees, device)
     for denoiser in _denoisers(pipe):
         if degrees.tensor > 1:

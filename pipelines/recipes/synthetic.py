@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from stages.batch import Stage
 from stages.decode import DecodeLatents
 from stages.encode import EncodeText
+from stages.group import SampleInGroup
 from stages.sample import SampleLatents
 
 if TYPE_CHECKING:
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
 def generating(run: Resolved) -> tuple[Stage, ...]:
     """Stages that use the generator."""
     layout = run.spec.layout
+    sample = SampleLatents(run.generators, run.plan, layout.batch_size, layout.threads)
+    ranks = run.generators[0].parallel.size
     return (
         EncodeText(run.generators, run.plan, layout.batch_size, layout.threads),
-        SampleLatents(run.generators, run.plan, layout.batch_size, layout.threads),
+        SampleInGroup(sample, ranks) if ranks > 1 else sample,
         DecodeLatents(run.generators, run.plan, layout.batch_size, layout.threads),
     )
 

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from infra.errors import UserError
+from models.plan import SamplerPlan
 from pipelines.graph import Group, in_flight, place
+from stages.group import SampleInGroup
+from stages.sample import SampleLatents
 from stages.score import ScoreMedia
 
 STAGE = ScoreMedia()
@@ -48,3 +54,23 @@ def test_place_keeps_what_the_spec_fixes() -> None:
 def test_in_flight_gives_each_actor_a_batch_in_hand_and_one_waiting() -> None:
     groups = place(GENERATING, JUDGING, 2, 0)
     assert in_flight(groups) >= 2 * sum(group.actors for group in groups)
+
+
+def test_place_counts_every_rank_of_a_group() -> None:
+    group = SampleInGroup(SampleLatents((), SamplerPlan(), 4), ranks=4)
+    sample, judge = place((group,), JUDGING, cpus=2, gpus=0)
+    assert sample.actors == 1 and sample.accelerators == 4
+    assert sample.num_cpus * 4 + judge.num_cpus <= 2
+    assert sample.placed == (replace(group, num_cpus=sample.num_cpus),)
+    sample, _ = place((group,), JUDGING, cpus=32, gpus=8, needs_model=False)
+    assert (sample.actors, sample.num_gpus, sample.accelerators) == (2, 1, 4)
+
+
+def test_place_keeps_ranks_on_gpus_of_their_own() -> None:
+    group = SampleInGroup(SampleLatents((), SamplerPlan(), 4), ranks=4)
+    for gpus in (5, 7, 8, 16):
+        groups = place((STAGE, group, STAGE), JUDGING, 64, gpus, split=True)
+        assert sum(each.actors * each.ranks * each.num_gpus for each in groups) <= gpus
+        assert all(each.num_gpus == 1 for each in groups if each.ranks > 1)
+    with pytest.raises(UserError, match=r"layout\.parallel: 4 ranks want a GPU each, found 3 of 4"):
+        place((group,), JUDGING, 64, 4)

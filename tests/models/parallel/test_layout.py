@@ -11,8 +11,7 @@ from infra.errors import UserError
 from models.families import family_of
 from models.generator import Generator, GeneratorRef
 from models.noise import noise_key, standard_normal
-from models.parallel.degrees import Degrees
-from models.parallel.layout import lay_out
+from models.parallel.degrees import Degrees, check_layout
 from models.plan import SamplerPlan
 from tests.models.parallel.ranks import on_ranks
 
@@ -44,8 +43,17 @@ def test_a_generator_over_ranks_samples_what_one_process_does(
 
 
 def test_a_family_without_a_layout_says_so() -> None:
-    with pytest.raises(UserError, match=r"layout\.parallel\.ring: FLUX\.1 has no such layout"):
-        lay_out(object(), family_of("FluxPipeline"), Degrees(ring=2))
+    with pytest.raises(UserError, match=r"layout\.parallel\.ring: FLUX\.1 has no such layout, found 2"):
+        check_layout("", family_of("FluxPipeline"), Degrees(ring=2), guided=True)
+
+
+def test_a_checkpoint_is_asked_for_its_heads(tiny_checkpoint: Callable[[str], str]) -> None:
+    family = family_of("WanPipeline")
+    check_layout(tiny_checkpoint("WanPipeline"), family, Degrees(tensor=2), guided=True)
+    with pytest.raises(UserError, match=r"layout\.parallel\.tensor: . heads cannot be shared by 7 ranks"):
+        check_layout(tiny_checkpoint("WanPipeline"), family, Degrees(tensor=7), guided=True)
+    with pytest.raises(UserError, match=r"layout\.parallel\.cfg: 2 branches want guidance_scale above 1"):
+        check_layout(tiny_checkpoint("WanPipeline"), family, Degrees(cfg=2), guided=False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""SampleLatents over several ranks: a sampler group, which acts as one actor of the graph.
+
+The actor that holds this stage is rank 0. The other ranks are Ray actors in a placement group, which start with it and die
+with it: where a rank is lost the whole group goes down, Ray starts it anew and gives it the batch again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import threading
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import ray
+from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from infra.errors import UserError
+from infra.telemetry import bound, log
+from stages.batch import Batch, WorldFault
+from stages.sample import SampleLatents
+
+START_SECONDS = 600.0
+"""Until all ranks of a group have found each other and loaded."""
+COLLECTIVE_SECONDS = 600.0
+"""After so long a rank that waits for another gives up."""
+GRACE_SECONDS = 30.0
+"""For the other ranks to end a batch after rank 0 has."""
+
+
+@dataclass(frozen=True)
+class SampleInGroup:
+    """SampleLatents by a group of `ranks`. `num_cpus` and `num_gpus` are what each rank but the first asks Ray for."""
+
+    sample: SampleLatents
+    ranks: int
+    num_cpus: float = 0.0
+    num_gpus: float = 0.0
+
+    name: ClassVar[str] = SampleLatents.name
+    reads: ClassVar[tuple[str, ...]] = SampleLatents.reads
+    adds: ClassVar[tuple[str, ...]] = SampleLatents.adds
+    skips_rejected: ClassVar[bool] = SampleLatents.skips_rejected
+
+    def load(self) -> None:
+        _group(self)
+
+    def __call__(self, batch: Batch) -> Batch:
+        return _group(self)(batch)
+
+
+@cache
+def _group(stage: SampleInGroup) -> SamplerGroup:
+    """The group of this process, which is its rank 0."""
+    return SamplerGroup(stage)
+
+
+class SamplerGroup:
+    """Rank 0 and its peers."""
+
+    def __init__(self, stage: SampleInGroup) -> None:
+        from torch.distributed import TCPStore
+
+        self.sample = stage.sample
+        host = ray.util.get_node_ip_address()
+        self.store = store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_seconds(START_SECONDS))
+        place = _reserve(stage)
+        self.peers = [
+            _Peer.options(  # type: ignore[attr-defined]
+                num_cpus=stage.num_cpus,
+                num_gpus=stage.num_gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(place, at),
+            ).remote(stage.sample, at + 1, stage.ranks, host, store.port)
+            for at in range(stage.ranks - 1)
+        ]
+        living = [peer.live.remote() for peer in self.peers]
+        threading.Thread(target=_end_together, args=(living,), name="peers", daemon=True).start()
+        loading = [peer.load.remote() for peer in self.peers]
+        join(0, stage.ranks, store)
+        self.sample.load()
+        ray.get(loading, timeout=START_SECONDS)
+        log().info("sampler group started", ranks=stage.ranks)
+
+    def __call__(self, batch: Batch) -> Batch:
+        running = [peer.run.remote(batch) for peer in self.peers]
+        try:
+            return self.sample(batch)
+        finally:
+            _, late = ray.wait(running, num_returns=len(running), timeout=GRACE_SECONDS)
+            if late:
+                _end(
+                    f"{len(late)} of {len(running)} ranks did not end the batch within {GRACE_SECONDS:.0f} s of rank 0"
+                )
+
+
+@ray.remote(max_restarts=0, max_concurrency=2)
+class _Peer:
+    """A rank but the first. It does what rank 0 does, and keeps what comes out to itself."""
+
+    def __init__(self, sample: SampleLatents, rank: int, ranks: int, host: str, port: int) -> None:
+        self.sample, self.rank, self.ranks, self.place = sample, rank, ranks, (host, port)
+
+    def live(self) -> None:
+        """Never returns: that it is lost tells rank 0 that this rank is."""
+        threading.Event().wait()
+
+    def load(self) -> None:
+        from torch.distributed import TCPStore
+
+        with bound(rank=self.rank):
+            join(self.rank, self.ranks, TCPStore(*self.place, is_master=False, timeout=_seconds(START_SECONDS)))
+            self.sample.load()
+
+    def run(self, batch: Batch) -> None:
+        with bound(rank=self.rank):
+            self.sample(batch)
+
+
+def join(rank: int, ranks: int, store: Any) -> None:
+    """Make this process rank `rank` of the process group, which waits for all of them."""
+    import torch
+    import torch.distributed as dist
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=_seconds(COLLECTIVE_SECONDS))
+
+
+def _reserve(stage: SampleInGroup) -> PlacementGroup:
+    """Room for all ranks at once, on one node if they fit. An actor that is started again finds what it had reserved."""
+    name = f"sampler-group-{ray.get_runtime_context().get_actor_id()}"
+    with contextlib.suppress(ValueError):
+        return get_placement_group(name)
+    share = {"CPU": stage.num_cpus} | ({"GPU": stage.num_gpus} if stage.num_gpus else {})
+    place = placement_group([dict(share) for _ in range(stage.ranks - 1)], strategy="PACK", name=name)
+    if not place.wait(START_SECONDS):
+        raise UserError(
+            f"layout.parallel: the cluster has no room for {stage.ranks} ranks of {share}; use smaller degrees or more nodes"
+        )
+    return place
+
+
+def _end_together(living: list[Any]) -> None:
+    ray.wait(living, num_returns=1)
+    _end("a rank was lost")
+
+
+def _end(why: str) -> None:
+    """End this process, and with it the group: a rank that waits in a collective could not be called back."""
+    log().error("sampler group ended", why=why, fault=WorldFault.__name__)
+    os._exit(1)
+
+
+def _seconds(count: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=count)

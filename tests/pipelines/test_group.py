@@ -1,0 +1,79 @@
+"""Sampler groups in a run: the same latents as one process makes, and a rank that is killed costs time and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+import pytest
+
+from infra.errors import UserError
+from infra.shard import read_safetensors
+from infra.storage import Storage
+
+if TYPE_CHECKING:
+    from conftest import Runner
+
+    from pipelines.generate import Progress
+
+pytestmark = pytest.mark.ray
+
+PROMPTS = {"inline": [f"thing {at}" for at in range(10)]}
+
+
+def _run(run: Runner, root: Path, parallel: dict[str, int], report: Any = lambda _: None) -> dict[str, np.ndarray]:
+    spec = run.spec(
+        root,
+        PROMPTS,
+        layout={"batch_size": 2, "parallel": parallel},
+        output={"uri": str(root), "commit_every": 0.1, "tensors": {"latents": "float32"}},
+    )
+    outcome = run(spec, report=report)
+    run.check(root, outcome)
+    assert outcome.status == "exhausted"
+    return {row["sample_id"]: _latents(root, row) for row in run.rows(root, "samples")}
+
+
+def _latents(root: Path, row: dict[str, Any]) -> np.ndarray:
+    (item,) = (item for item in row["tensors"] if item["role"] == "latents")
+    data = Storage(str(root)).read_bytes(item["shard"], item["offset"], item["offset"] + item["nbytes"])
+    return read_safetensors(data, "latents")
+
+
+@pytest.fixture(scope="module")
+def alone(run: Runner, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    return _run(run, tmp_path_factory.mktemp("alone"), {})
+
+
+def _peers() -> list[psutil.Process]:
+    return [each for each in psutil.process_iter(["cmdline"]) if "_Peer" in " ".join(each.info["cmdline"] or ())]
+
+
+def test_a_group_makes_what_one_process_makes(tmp_path: Path, run: Runner, alone: dict[str, np.ndarray]) -> None:
+    made = _run(run, tmp_path / "data", {"cfg": 2, "ulysses": 2})
+    assert made.keys() == alone.keys() and len(made) == 10
+    for name, latents in made.items():
+        assert np.abs(latents - alone[name]).max() <= 1e-5 * np.abs(alone[name]).max()
+
+
+def test_a_killed_rank_costs_time_and_nothing_else(tmp_path: Path, run: Runner, alone: dict[str, np.ndarray]) -> None:
+    killed: list[int] = []
+
+    def kill(progress: Progress) -> None:
+        if progress.done >= 2 and not killed and (peers := _peers()):
+            killed.append(peers[0].pid)
+            os.kill(peers[0].pid, signal.SIGKILL)
+
+    made = _run(run, tmp_path / "data", {"ulysses": 2}, kill)
+    assert killed and made.keys() == alone.keys()
+    for name, latents in made.items():
+        assert np.abs(latents - alone[name]).max() <= 1e-5 * np.abs(alone[name]).max()
+
+
+def test_degrees_that_do_not_fit_are_the_users_mistake(tmp_path: Path, run: Runner) -> None:
+    with pytest.raises(UserError, match=r"layout\.parallel\.tensor: . heads cannot be shared by 7 ranks"):
+        _run(run, tmp_path / "data", {"tensor": 7})
