@@ -49,7 +49,7 @@ def mistake(data: dict[str, Any], *overrides: str) -> str:
         ({"sampler": None}, "sampler: expected keys and values, found nothing (leave the key out instead)"),
         ({"caption": {"styles": ["long"]}}, "caption.styles.0: expected 'short' or 'dense', found 'long'"),
         ({"budget": {"deadline": "soon"}}, "budget.deadline: expected an ISO 8601 time, or a duration such as 90m"),
-        ({"layout": {"parallel": {"ring": 2}}}, "layout.parallel: degrees other than 1 are not available"),
+        ({"layout": {"parallel": {"dualparal": 2}}}, "layout.parallel: these degrees are not available"),
         ({"guards": {"a": 1}}, "guards: not available in this version; remove it"),
         ({"generators": [{"remote_code": "a/b"}]}, "generators.0: remote_code needs a revision"),
         ({1: 2}, "1: expected a text as key, found 1"),
