@@ -67,6 +67,8 @@ class Generator:
         self.check_plan(plan)
         pipe = self._pipe("sample")
         wrong = self.family.shape_error(pipe, height, width, num_frames) if self.family else None
+        if self.family and plan.blocks is not None and not wrong:
+            wrong = block_error(self.family.temporal_factor(pipe), num_frames, *plan.blocks)
         if wrong:
             raise UserError(f"buckets: {wrong}")
 
@@ -191,14 +193,15 @@ class Generator:
             self._schedulers[part] = getattr(self._pipes[part], "scheduler", None)
         return self._pipes[part]
 
-    def lay_out(self) -> None:
+    def lay_out(self, plan: SamplerPlan) -> None:
         """Cut the denoiser for this rank, once its process group is there. Where there is one rank it does nothing."""
         if self.ref.parallel.size == 1 or self._layout is not None:
             return
         from models.parallel.layout import lay_out
 
         pipe = self._pipe("sample")
-        self._layout = lay_out(pipe, self._known, self.ref.parallel, device=pipe._execution_device.type)
+        in_blocks = plan.blocks is not None
+        self._layout = lay_out(pipe, self.ref.parallel, in_blocks=in_blocks, device=pipe._execution_device.type)
 
     def _scheduler(self, plan: SamplerPlan) -> Any:
         """A fresh one each time: schedulers remember the last samples they saw."""
@@ -214,7 +217,9 @@ class Generator:
         import torch
 
         family, pipe = self._known, self._pipe("sample")
-        self.lay_out()
+        self.lay_out(plan)
+        if plan.blocks is not None:
+            return self._sample_blocks(conditions, noise, plan, shape)
         dtype, device = denoiser_of(pipe).dtype, pipe._execution_device
         arguments: dict[str, Any] = {
             "num_inference_steps": plan.num_inference_steps,
@@ -239,6 +244,47 @@ class Generator:
         self._remember(plan, shape)
         return latents.float().cpu().numpy(), evaluations.rows // len(noise)
 
+    def _sample_blocks(
+        self, conditions: dict[str, np.ndarray], noise: np.ndarray, plan: SamplerPlan, shape: Shape
+    ) -> tuple[np.ndarray, int]:
+        """The same by DualParal. Of several stages only the first has latents; the others return zeros."""
+        import torch
+
+        from models.parallel.dualparal import Blocks, DualParal
+        from models.parallel.layout import Layout
+
+        assert plan.blocks is not None
+        pipe, layout = self._pipe("sample"), self._layout or Layout()
+        device, steps = pipe._execution_device, plan.num_inference_steps
+        blocks = Blocks.covering(noise.shape[2], *plan.blocks)
+        first = torch.from_numpy(np.ascontiguousarray(noise[:, :, : blocks.size(0)])).to(device)
+        embeds = {name: _argument(value, pipe.transformer.dtype, device) for name, value in conditions.items()}
+        text = (embeds["prompt_embeds"], embeds.get("negative_prompt_embeds", embeds["prompt_embeds"]))
+
+        def scheduler() -> Any:
+            pipe.scheduler = self._scheduler(plan)
+            pipe.scheduler.set_timesteps(steps, device=device)
+            return pipe.scheduler
+
+        sampler = DualParal(
+            pipe.transformer,
+            scheduler,
+            steps=steps,
+            guidance_scale=plan.guidance_scale,
+            stages=layout.stages,
+            branches=layout.branches,
+            split=layout.split,
+        )
+        latents = np.zeros(noise.shape, dtype=np.float32)
+        try:
+            for block, made in sampler.sample(first, blocks, lambda _: text, [_step_noise(row) for row in noise]):
+                start = block * blocks.frames + (blocks.context if block else 0)
+                latents[:, :, start : start + made.shape[2]] = made.float().cpu().numpy()
+        finally:
+            sampler.close()
+        self._remember(plan, shape)
+        return latents, steps * (2 if plan.guidance_scale > 1 else 1)
+
     def _remember(self, plan: SamplerPlan, shape: Shape) -> None:
         scheduler = self._pipe("sample").scheduler
         self._schedules[plan.plan_id, shape] = {
@@ -246,6 +292,16 @@ class Generator:
             for name in ("sigmas", "timesteps")
             if getattr(scheduler, name, None) is not None
         }
+
+
+def block_error(temporal: int, num_frames: int, frames: int, context: int) -> str | None:
+    """Why a video of so many frames is no whole number of blocks of latent frames, or None."""
+    total = (num_frames - 1) // temporal + 1
+    count = max(1, -(-(total - context) // frames))
+    if total == count * frames + context:
+        return None
+    fits = (count * frames + context - 1) * temporal + 1
+    return f"num_frames: {num_frames} frames are no whole number of sampler.dualparal's blocks; {fits} are"
 
 
 class _Evaluations:

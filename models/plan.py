@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,23 @@ class SamplerPlan:
     max_sequence_length: int = 512
     dtype: str = "auto"  # the denoiser's; auto follows the device
     accelerate: tuple[str, ...] = ()
+    blocks: tuple[int, int] | None = None
+    """Latent frames of a block and of its context, where DualParal samples the video."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SamplerPlan:
+        """A plan from what `to_json` says. TypeError for keys that it does not know."""
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**known)
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, the same text for the same plan."""
         values = asdict(self)
         values["guidance_scale"] = float(self.guidance_scale)
+        if self.blocks is None:
+            del values["blocks"]  # plans without it keep the identity they had before there was one
         values["shift"] = None if self.shift is None else float(self.shift)
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
 

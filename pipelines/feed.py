@@ -16,11 +16,13 @@ from ray.data import Datasource, ReadTask
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.exceptions import RayError
+from ray.util.placement_group import get_placement_group, remove_placement_group
 
 from infra.ray_session import session_lives
 from pipelines.mailbox import Mailbox
 from stages.actor import pack
 from stages.batch import Batch, size
+from stages.group import reserved_by
 
 
 class MailboxSource(Datasource):
@@ -127,6 +129,8 @@ class Feeder:
             return
         self.close()
         with contextlib.suppress(RayError):
-            for actor in ray.get(self.mailbox.actors.remote()):
+            for actor_id, actor in ray.get(self.mailbox.actors.remote()).items():
                 ray.kill(actor)
+                with contextlib.suppress(ValueError):  # it leads no sampler group
+                    remove_placement_group(get_placement_group(reserved_by(actor_id)))
             ray.kill(self.mailbox)

@@ -37,8 +37,9 @@ class Mailbox:
     async def join(self, actor_id: str, actor: Any) -> None:
         self._actors[actor_id] = actor
 
-    async def actors(self) -> list[Any]:
-        return list(self._actors.values())
+    async def actors(self) -> dict[str, Any]:
+        """By their ids."""
+        return self._actors
 
     async def close(self) -> None:
         async with self._changed:

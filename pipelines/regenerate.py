@@ -147,7 +147,7 @@ def _plan(row: Row) -> SamplerPlan:
     said = json.loads(row["plan_json"] or "{}")
     asked = said.get("plan", said)
     try:
-        return SamplerPlan(**{**asked, "accelerate": tuple(asked.get("accelerate", ()))})
+        return SamplerPlan.from_dict(asked)
     except TypeError as error:
         raise UserError(f"{row['sample_id']}: plan_json is of another version of ditmill ({error})") from error
 

@@ -171,7 +171,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
             )
         folder = resolve(generator.model, "generator", generator.revision)
         pipeline = read_index(folder)["_class_name"]
-        check_layout(folder, family_of(pipeline), degrees, guided=spec.sampler.guidance_scale > 1)
+        check_layout(folder, family_of(pipeline), degrees, guided=plan.guidance_scale > 1, blocks=plan.blocks)
         if family_of(pipeline) is None and (spec.output.tensors or spec.output.keep_rejected == "latents"):
             key = "output.tensors" if spec.output.tensors else "output.keep_rejected"
             raise UserError(
@@ -250,6 +250,7 @@ def sampler_plan(spec: Spec) -> SamplerPlan:
         max_sequence_length=sampler.max_sequence_length,
         dtype=sampler.dtype,
         accelerate=tuple(json.dumps(item, sort_keys=True) for item in sampler.accelerate),
+        blocks=None if sampler.dualparal is None else (sampler.dualparal.frames, sampler.dualparal.context),
     )
 
 

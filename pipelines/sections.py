@@ -138,6 +138,19 @@ class Bucket(Section):
         return self
 
 
+class DualParal(Section):
+    """Long video as a queue of blocks of latent frames, each denoised beside its neighbours (arXiv 2505.21070)."""
+
+    frames: int = Field(8, ge=1, description="Latent frames of a block.")
+    context: int = Field(4, ge=0, description="Latent frames of the blocks before and after that a block sees.")
+
+    @model_validator(mode="after")
+    def _context_fits(self) -> DualParal:
+        if self.context > self.frames:
+            raise ValueError(f"context is at most frames, found {self.context} and {self.frames}")
+        return self
+
+
 class Sampler(Section):
     """The sampler plan: what is meant to change the result."""
 
@@ -155,6 +168,9 @@ class Sampler(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the denoiser; auto is bfloat16 on an accelerator and float32 on a CPU."
+    )
+    dualparal: DualParal | None = Field(
+        None, description="Sample in blocks, for video longer than a denoiser takes at once; Wan text-to-video."
     )
     accelerate: tuple[dict[str, Any], ...] = Field(
         (), description="Techniques that skip work, in order. None is built in yet."
@@ -182,9 +198,9 @@ class Parallel(Section):
 
     @model_validator(mode="after")
     def _not_yet(self) -> Parallel:
-        found = {name: degree for name, degree in self if degree != 1 and name in ("dualparal", "vae")}
+        found = {name: degree for name, degree in self if degree != 1 and name == "vae"}
         if found:
-            raise ValueError(f"these degrees are not available in this version, found {found}; remove them")
+            raise ValueError(f"vae is not available in this version, found {found}; remove it")
         return self
 
 

@@ -128,9 +128,14 @@ def join(rank: int, ranks: int, store: Any) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=_seconds(COLLECTIVE_SECONDS))
 
 
+def reserved_by(actor_id: str) -> str:
+    """Name of the placement group of the group that this actor leads."""
+    return f"sampler-group-{actor_id}"
+
+
 def _reserve(stage: SampleInGroup) -> PlacementGroup:
     """Room for all ranks at once, on one node if they fit. An actor that is started again finds what it had reserved."""
-    name = f"sampler-group-{ray.get_runtime_context().get_actor_id()}"
+    name = reserved_by(ray.get_runtime_context().get_actor_id())
     with contextlib.suppress(ValueError):
         return get_placement_group(name)
     share = {"CPU": stage.num_cpus} | ({"GPU": stage.num_gpus} if stage.num_gpus else {})

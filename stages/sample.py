@@ -42,7 +42,7 @@ class SampleLatents:
         torch.set_num_threads(self.threads)
         for ref in self.generators:
             load_generator(ref).load("sample")
-            load_generator(ref).lay_out()
+            load_generator(ref).lay_out(self.plan)
             load_generator(ref).check_plan(self.plan)
 
     def __call__(self, batch: Batch) -> Batch:

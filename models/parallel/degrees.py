@@ -53,15 +53,22 @@ class Degrees:
             )
         if self.dualparal > layers:
             raise UserError(f"{KEY}.dualparal: {self.dualparal} stages for {layers} layers; use at most {layers}")
-        if self.dualparal > 1 and (self.ring > 1 or self.tensor > 1):
-            raise UserError(f"{KEY}.dualparal: composes with cfg and ulysses, not with ring or tensor; set those to 1")
         split = self.dualparal * self.cfg * self.ring * self.ulysses * self.tensor
         if split % self.vae and self.vae % split:
             raise UserError(f"{KEY}.vae: {self.vae} does not fit a group of {split} ranks; use a divisor of {split}")
 
 
-def check_layout(folder: str, family: Family | None, degrees: Degrees, *, guided: bool) -> None:
-    """Raise a UserError where the checkpoint in `folder` cannot be laid out so; it reads configurations only."""
+def check_layout(
+    folder: str, family: Family | None, degrees: Degrees, *, guided: bool, blocks: tuple[int, int] | None = None
+) -> None:
+    """Raise a UserError where the checkpoint in `folder` cannot be laid out so; it reads configurations only.
+
+    `blocks` is the plan's, where DualParal samples.
+    """
+    if blocks is not None:
+        _check_blocks(folder, family, degrees)
+    elif degrees.dualparal > 1:
+        raise UserError(f"{KEY}.dualparal: {degrees.dualparal} stages want sampler.dualparal; set it, or use 1")
     for field in fields(degrees):
         degree = getattr(degrees, field.name)
         if degree > 1 and (family is None or field.name not in family.layouts):
@@ -72,6 +79,24 @@ def check_layout(folder: str, family: Family | None, degrees: Degrees, *, guided
     for path in sorted(Path(folder).glob("transformer*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         degrees.check(heads=config["num_attention_heads"], layers=config["num_layers"], guided=guided)
+
+
+def _check_blocks(folder: str, family: Family | None, degrees: Degrees) -> None:
+    if family is None or "dualparal" not in family.layouts:
+        raise UserError(
+            f"sampler.dualparal: {family.name if family else 'a pipeline that runs whole'} is not sampled in blocks"
+        )
+    if len(list(Path(folder).glob("transformer*/config.json"))) > 1:
+        raise UserError("sampler.dualparal: checkpoints with two denoisers are not sampled in blocks yet; remove it")
+    index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+    if index.get("expand_timesteps"):
+        raise UserError(
+            "sampler.dualparal: checkpoints with a timestep for each token are not sampled in blocks; remove it"
+        )
+    if degrees.ring > 1 or degrees.tensor > 1:
+        raise UserError(
+            f"{KEY}: sampler.dualparal composes with cfg and ulysses, not with ring or tensor; set those to 1"
+        )
 
 
 AXES = ("dualparal", "cfg", "ring", "ulysses", "tensor")

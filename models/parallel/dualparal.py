@@ -11,7 +11,7 @@ Otherwise than in the authors' code the order is deterministic: latents are the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,17 +58,18 @@ class Blocks:
         return Blocks(count, frames, context)
 
 
-def noise_of(first: Tensor, blocks: Blocks, generator: torch.Generator) -> Iterator[Tensor]:
+def noise_of(first: Tensor, blocks: Blocks, generators: Sequence[torch.Generator]) -> Iterator[Tensor]:
     """Noise of each block, [b, c, frames, h, w], all made of the frames of `first`, [b, c, frames + context, h, w].
 
     A block is a fresh permutation of those frames that are not at the end of the block before it: blocks are alike, and no
-    frame comes twice within a window.
+    frame comes twice within a window. Each sample has a generator of its own.
     """
     pool = first
     yield pool
     for _ in range(1, blocks.count):
-        order = torch.randperm(blocks.frames, generator=generator)
-        pool = torch.cat([pool[:, :, blocks.frames :], pool[:, :, order]], dim=2)
+        orders = [torch.randperm(blocks.frames, generator=generator) for generator in generators]
+        fresh = torch.stack([sample[:, order] for sample, order in zip(pool, orders, strict=True)])
+        pool = torch.cat([pool[:, :, blocks.frames :], fresh], dim=2)
         yield pool[:, :, blocks.context :]
 
 
@@ -112,16 +113,20 @@ class DualParal:
 
     @torch.no_grad()
     def sample(
-        self, first: Tensor, blocks: Blocks, text: Callable[[int], tuple[Tensor, Tensor]], generator: torch.Generator
+        self,
+        first: Tensor,
+        blocks: Blocks,
+        text: Callable[[int], tuple[Tensor, Tensor]],
+        generators: Sequence[torch.Generator],
     ) -> Iterator[tuple[int, Tensor]]:
         """Each block's latents, [b, c, frames, h, w] float32, as soon as they are done; on the first stage only.
 
         Args:
             first: noise, [b, c, frames + context, h, w].
             text: embeddings of a block, conditional and unconditional, each [b, tokens, width].
-            generator: of the permutations of noise.
+            generators: of the permutations of noise, one a sample.
         """
-        noise = noise_of(first, blocks, generator)
+        noise = noise_of(first, blocks, generators)
         live: dict[int, _Block] = {}
         waiting: deque[Task] = deque()
         done: set[Task] = set()
@@ -144,6 +149,10 @@ class DualParal:
             yield from self._collect(waiting.popleft(), live, done, blocks, first)
         while self._sending:
             self._sending.popleft()[0].wait()
+
+    def close(self) -> None:
+        """Give the denoiser back its own attention."""
+        self.stage.close()
 
     def _advance(
         self,

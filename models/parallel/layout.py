@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from models.families import Family
 from models.parallel.attention import Split
 from models.parallel.degrees import Degrees, build_mesh
 from models.parallel.guidance import GuidanceParallel
@@ -21,9 +20,12 @@ _DENOISERS = ("transformer", "transformer_2")
 class Layout:
     """What a rank must know of its group while it samples."""
 
-    degrees: Degrees
     branches: Any = None
     """The ranks that evaluate the two branches of guidance."""
+    stages: Any = None
+    """The ranks of DualParal's pipeline."""
+    split: Split = field(default_factory=Split)
+    """The ranks that share a sequence."""
 
     @contextmanager
     def sampling(self, pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
@@ -42,15 +44,23 @@ class Layout:
                 del denoiser.forward
 
 
-def lay_out(pipe: Any, family: Family, degrees: Degrees, *, device: str = "cpu") -> Layout:
-    """Cut the denoisers of `pipe` for this rank. Each rank of the default process group calls it with the same arguments."""
+def lay_out(pipe: Any, degrees: Degrees, *, in_blocks: bool = False, device: str = "cpu") -> Layout:
+    """Cut the denoisers of `pipe` for this rank. Each rank of the default process group calls it with the same arguments.
+
+    `in_blocks`: DualParal samples, which cuts layers and sequence itself.
+    """
     mesh = build_mesh(degrees, device)
+    split = Split(ring=mesh["ring"].get_group(), ulysses=mesh["ulysses"].get_group())
     for denoiser in _denoisers(pipe):
         if degrees.tensor > 1:
             split_tensors(denoiser, mesh["tensor"])
-        if degrees.ring * degrees.ulysses > 1:
-            split_sequence(denoiser, Split(ring=mesh["ring"].get_group(), ulysses=mesh["ulysses"].get_group()))
-    return Layout(degrees, mesh["cfg"].get_group() if degrees.cfg > 1 else None)
+        if split.parts > 1 and not in_blocks:
+            split_sequence(denoiser, split)
+    return Layout(
+        branches=mesh["cfg"].get_group() if degrees.cfg > 1 else None,
+        stages=mesh["dualparal"].get_group() if degrees.dualparal > 1 else None,
+        split=split,
+    )
 
 
 def _denoisers(pipe: Any) -> list[Any]:

@@ -124,8 +124,13 @@ class Stage:
     def __init__(self, transformer: Any, layers: range, split: Split) -> None:
         self.transformer, self.layers = transformer, layers
         self.window = Window(split=split)
+        self._before = [transformer.blocks[layer].attn1.processor for layer in layers]
         for layer in layers:
             transformer.blocks[layer].attn1.set_processor(WindowAttention(layer, self.window))
+
+    def close(self) -> None:
+        for layer, processor in zip(self.layers, self._before, strict=True):
+            self.transformer.blocks[layer].attn1.set_processor(processor)
 
     def hidden_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Shape of what travels between stages for latents [b, c, t, h, w]."""

@@ -23,6 +23,7 @@ def test_plan_json_is_canonical() -> None:
         {"shift": 1.0},
         {"max_sequence_length": 256},
         {"accelerate": ('{"name":"first_block_cache"}',)},
+        {"blocks": (8, 4)},
     ],
 )
 def test_plan_id_changes_with_each_field(changes: dict[str, object]) -> None:
@@ -32,3 +33,12 @@ def test_plan_id_changes_with_each_field(changes: dict[str, object]) -> None:
 def test_plan_id_survives_pickling() -> None:
     plan = SamplerPlan(num_inference_steps=8)
     assert pickle.loads(pickle.dumps(plan)).plan_id == plan.plan_id == SamplerPlan(num_inference_steps=8).plan_id
+
+
+def test_a_plan_without_blocks_has_the_identity_it_had_before_there_were_any() -> None:
+    assert SamplerPlan().plan_id == "3bf2871d3eb6b41c0736195862523245"
+
+
+def test_a_plan_comes_back_from_its_json() -> None:
+    for plan in (SamplerPlan(shift=2.0), SamplerPlan(blocks=(8, 4), accelerate=("{}",))):
+        assert SamplerPlan.from_dict(json.loads(plan.to_json())) == plan

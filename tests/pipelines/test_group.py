@@ -25,12 +25,15 @@ pytestmark = pytest.mark.ray
 PROMPTS = {"inline": [f"thing {at}" for at in range(10)]}
 
 
-def _run(run: Runner, root: Path, parallel: dict[str, int], report: Any = lambda _: None) -> dict[str, np.ndarray]:
+def _run(
+    run: Runner, root: Path, parallel: dict[str, int], report: Any = lambda _: None, **keys: Any
+) -> dict[str, np.ndarray]:
     spec = run.spec(
         root,
         PROMPTS,
         layout={"batch_size": 2, "parallel": parallel},
         output={"uri": str(root), "commit_every": 0.1, "tensors": {"latents": "float32"}},
+        **keys,
     )
     outcome = run(spec, report=report)
     run.check(root, outcome)
@@ -54,7 +57,7 @@ def _peers() -> list[psutil.Process]:
 
 
 def test_a_group_makes_what_one_process_makes(tmp_path: Path, run: Runner, alone: dict[str, np.ndarray]) -> None:
-    made = _run(run, tmp_path / "data", {"cfg": 2, "ulysses": 2})
+    made = _run(run, tmp_path / "data", {"cfg": 2})
     assert made.keys() == alone.keys() and len(made) == 10
     for name, latents in made.items():
         assert np.abs(latents - alone[name]).max() <= 1e-5 * np.abs(alone[name]).max()
@@ -72,6 +75,17 @@ def test_a_killed_rank_costs_time_and_nothing_else(tmp_path: Path, run: Runner, 
     assert killed and made.keys() == alone.keys()
     for name, latents in made.items():
         assert np.abs(latents - alone[name]).max() <= 1e-5 * np.abs(alone[name]).max()
+
+
+def test_a_video_in_blocks_has_the_same_bits_by_one_stage_and_by_two(tmp_path: Path, run: Runner) -> None:
+    keys: dict[str, Any] = {
+        "sampler": {"num_inference_steps": 2, "dualparal": {"frames": 1, "context": 1}},
+        "buckets": [{"height": 64, "width": 64, "num_frames": 17}],
+    }
+    one = _run(run, tmp_path / "one", {}, **keys)
+    two = _run(run, tmp_path / "two", {"dualparal": 2}, **keys)
+    assert one.keys() == two.keys() and len(one) == 10
+    assert all(np.array_equal(latents, two[name]) for name, latents in one.items())
 
 
 def test_degrees_that_do_not_fit_are_the_users_mistake(tmp_path: Path, run: Runner) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,12 +20,14 @@ PLAN = SamplerPlan(num_inference_steps=3, guidance_scale=3.0, max_sequence_lengt
 VIDEO = (32, 32, 9)
 
 
-def _latents(ref: GeneratorRef) -> tuple[np.ndarray, int]:
+def _latents(
+    ref: GeneratorRef, plan: SamplerPlan = PLAN, video: tuple[int, int, int] = VIDEO
+) -> tuple[np.ndarray, int]:
     generator = Generator(ref)
-    shape = generator.latent_shape(*VIDEO)
+    shape = generator.latent_shape(*video)
     noise = np.stack([standard_normal(noise_key(0, name, 0), shape) for name in "ab"])
-    conditions = generator.encode(["a cat", "two dogs"], ["", "blurred"], [], PLAN)
-    return generator.sample(conditions, noise, PLAN, *VIDEO, 8.0)
+    conditions = generator.encode(["a cat", "two dogs"], ["", "blurred"], [], plan)
+    return generator.sample(conditions, noise, plan, *video, 8.0)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,33 @@ def test_a_generator_over_ranks_samples_what_one_process_does(
         assert np.abs(made - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
+def test_a_long_video_is_sampled_in_blocks_the_same_by_one_stage_and_by_two(
+    tiny_checkpoint: Callable[[str], str],
+) -> None:
+    path, plan = tiny_checkpoint("WanPipeline"), replace(PLAN, blocks=(2, 1))
+    wanted, evaluations = _latents(GeneratorRef(path), plan, (32, 32, 25))
+    assert wanted.shape[2] == 7 and evaluations == 6 and np.abs(wanted[:, :, 4:]).min() > 0
+    first, second = on_ranks(2, _latents, GeneratorRef(path, parallel=Degrees(dualparal=2)), plan, (32, 32, 25))
+    assert np.array_equal(first[0], wanted) and not second[0].any()
+    with pytest.raises(UserError, match="25 are"):
+        _latents(GeneratorRef(path), plan, (32, 32, 21))
+
+
+def test_a_sample_in_blocks_has_the_same_bits_in_any_batch(tiny_checkpoint: Callable[[str], str]) -> None:
+    generator, plan, video = (
+        Generator(GeneratorRef(tiny_checkpoint("WanPipeline"))),
+        replace(PLAN, blocks=(2, 1)),
+        (32, 32, 25),
+    )
+    shape = generator.latent_shape(*video)
+    noise = np.stack([standard_normal(noise_key(0, name, 0), shape) for name in "ab"])
+    conditions = generator.encode(["a cat", "two dogs"], ["", ""], [], plan)
+    both, _ = generator.sample(conditions, noise, plan, *video, 8.0)
+    turned = {name: value[::-1] for name, value in conditions.items()}
+    again, _ = generator.sample(turned, noise[::-1], plan, *video, 8.0)
+    assert np.array_equal(both, again[::-1])
+
+
 def test_a_family_without_a_layout_says_so() -> None:
     with pytest.raises(UserError, match=r"layout\.parallel\.ring: FLUX\.1 has no such layout, found 2"):
         check_layout("", family_of("FluxPipeline"), Degrees(ring=2), guided=True)
@@ -52,6 +82,10 @@ def test_a_checkpoint_is_asked_for_its_heads(tiny_checkpoint: Callable[[str], st
     check_layout(tiny_checkpoint("WanPipeline"), family, Degrees(tensor=2), guided=True)
     with pytest.raises(UserError, match=r"layout\.parallel\.tensor: . heads cannot be shared by 7 ranks"):
         check_layout(tiny_checkpoint("WanPipeline"), family, Degrees(tensor=7), guided=True)
+    with pytest.raises(UserError, match=r"layout\.parallel\.dualparal: 2 stages want sampler\.dualparal"):
+        check_layout(tiny_checkpoint("WanPipeline"), family, Degrees(dualparal=2), guided=True)
+    with pytest.raises(UserError, match="not with ring"):
+        check_layout(tiny_checkpoint("WanPipeline"), family, Degrees(ring=2), guided=True, blocks=(2, 1))
     with pytest.raises(UserError, match=r"layout\.parallel\.cfg: 2 branches want guidance_scale above 1"):
         check_layout(tiny_checkpoint("WanPipeline"), family, Degrees(cfg=2), guided=False)
 
@@ -63,7 +97,6 @@ def test_a_checkpoint_is_asked_for_its_heads(tiny_checkpoint: Callable[[str], st
         (Degrees(tensor=3), "4 heads cannot be shared by 3 ranks"),
         (Degrees(ulysses=8), "8 ranks for 4 heads"),
         (Degrees(dualparal=9), "9 stages for 6 layers"),
-        (Degrees(dualparal=2, ring=2), "not with ring"),
         (Degrees(ulysses=4, vae=3), "3 does not fit a group of 4"),
     ],
 )
