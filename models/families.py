@@ -289,7 +289,7 @@ def table() -> list[dict[str, Any]]:
             "media": family.media,
             "inputs": list(family.inputs),
             "trajectories": "yes",
-            "parallel": [],
+            "parallel": list(family.layouts),
             "accelerators": [],
         }
         for family in FAMILIES

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.storage import Storage
+from models.parallel.degrees import Degrees
 from pipelines.enumeration import PLANNED, Planned, planned_batch
 from pipelines.identity import sample_ids
 from pipelines.recipes import RECIPES
@@ -54,7 +55,9 @@ def calibrate(run: Resolved) -> Calibration | None:
     nfe = 0
     with tempfile.TemporaryDirectory(prefix="ditmill-calibrate-") as folder:
         recipe = RECIPES[run.spec.recipe]
-        trial = replace(run, plan=short, storage=Storage(folder))
+        # By one process, whatever the layout: what it takes is about what the ranks of a group take together.
+        alone = tuple(replace(ref, parallel=Degrees()) for ref in run.generators)
+        trial = replace(run, plan=short, storage=Storage(folder), generators=alone)
         for stage in (*recipe.generating(trial), *recipe.judging(trial)):
             began = time.perf_counter()
             stage.load()

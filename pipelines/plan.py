@@ -70,6 +70,7 @@ class PlanReport:
                     "actors": group.actors,
                     "num_cpus": group.num_cpus,
                     "num_gpus": group.num_gpus,
+                    "ranks": group.ranks,
                 }
                 for group in self.groups
             ],
@@ -137,7 +138,8 @@ def render(plan: PlanReport, name: str) -> str:
     for group in plan.groups:
         stages = " > ".join(stage.name for stage in group.stages)
         gpus = f", {group.num_gpus:g} GPU" if group.num_gpus else ""
-        lines.append(f"  {group.name}: {stages}: {group.actors} actor(s) of {group.num_cpus:.2g} CPU{gpus}")
+        each = f"{group.ranks} ranks of " if group.ranks > 1 else ""
+        lines.append(f"  {group.name}: {stages}: {group.actors} actor(s) of {each}{group.num_cpus:.2g} CPU{gpus}")
     if plan.estimate is not None:
         found = plan.estimate
         lines.append(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-FLOW_SHIFT = 2.0
+FLOW_SHIFT = 3.0
 
 CARD = """---
 license: apache-2.0

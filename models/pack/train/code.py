@@ -2,10 +2,10 @@
 
 Channels are, in this order: the background's colour; how deep the middle of each quarter of the cell lies in a figure, in
 each of four frames (a signed distance, cut off); and, faded out away from it, numbers of the figure that is nearest: its
-shape, colour, place, size, turn, how it moves, and what has become of it since its shot began. Latents that carry what is
-seen beside how it looks are learnt by a diffusion model many times faster: as in ReDi (Kouzelis et al. 2025, "Boosting
-Generative Image Modeling via Joint Image-Feature Synthesis") and VA-VAE (Yao et al. 2025), which take a vision model's
-features; a renderer knows better ones.
+shape, colour, place, size, turn, and what has become of it since its shot began. Latents that carry what is seen beside how
+it looks are learnt by a diffusion model many times faster: as in ReDi (Kouzelis et al. 2025, "Boosting Generative Image
+Modeling via Joint Image-Feature Synthesis") and VA-VAE (Yao et al. 2025), which take a vision model's features; a renderer
+knows better ones.
 
 Causal like Wan's VAE: the first latent frame tells of the first frame alone, each other one of its own four.
 """
@@ -40,7 +40,7 @@ MIDDLE = 7.6
 """Pixels: of a figure of this radius the code says nought."""
 NUMBERS = GROUND + DEPTHS
 """The first channel of the numbers: how much the cell tells of a figure."""
-CHANNELS = NUMBERS + 1 + len(SHAPES) + 3 + 2 + 1 + 2 + 4 + 4
+CHANNELS = NUMBERS + 1 + len(SHAPES) + 3 + 2 + 1 + 2 + 4
 
 Array = np.ndarray
 
@@ -100,10 +100,6 @@ def _tell(track: Track, at: int, told: Array, nearest: Array) -> None:
         5 * np.log(r.mean() / MIDDLE),
         np.cos(turn) if fold else 0.0,
         np.sin(turn) if fold else 0.0,
-        (x[-1] - x[0]) / 3,
-        (y[-1] - y[0]) / 6,
-        (y[0] - y.mean() + y[-1] - y.mean()) / 4,
-        1.5 * (r[-1] - r[0]),
         (x.mean() - track.x[0]) / 8,
         (y.mean() - track.y[0]) / 8,
         5 * np.log(r.mean() / track.r[0]),

@@ -42,7 +42,7 @@ PART = 512
 """Clips rendered at a time."""
 IMAGES = 0.15
 """Share of steps on images."""
-SHIFT = 2.0
+SHIFT = 3.0
 """Towards noise: s = SHIFT u / (1 + (SHIFT - 1) u)."""
 
 
