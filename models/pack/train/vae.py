@@ -22,7 +22,7 @@ from torch import nn
 
 from models.pack.grammar import sample_scenes
 from models.pack.oracle import match, read
-from models.pack.train.code import CELL, CHANNELS, GROUND, NUMBERS, coded
+from models.pack.train.code import CELL, CHANNELS, GROUND, NUMBERS, coded, wrong_depths
 from models.pack.train.loop import Training, arguments, precision, set_up, stream
 from models.pack.world import render
 
@@ -49,9 +49,11 @@ WINDOW = 4
 WHOLE = 4
 """One step in so many draws whole clips."""
 JOINT = 0.2
-"""Share of the steps, at the end, in which the decoder draws from what the encoder tells."""
+"""Share of the steps, at the end, in every other of which the decoder draws from what the encoder tells."""
 NOISE = 0.3
 """Most noise that is added to a code before it is drawn."""
+MISLED = 0.7
+"""Share of codes whose depths are wrong, some or all the way."""
 DETAIL = 5.0
 """How much more an error counts where the picture differs from its surroundings. An edge is a small part of it."""
 
@@ -59,30 +61,34 @@ DETAIL = 5.0
 def main() -> None:
     from diffusers import AutoencoderKLWan
 
-    options = arguments(__doc__, steps=9_000, batch_size=4, learning_rate=2e-3).parse_args()
+    options = arguments(__doc__, steps=16_000, batch_size=4, learning_rate=2e-3).parse_args()
     device = set_up(options)
     torch.manual_seed(options.seed)
     model = AutoencoderKLWan(**CONFIG)
     initialise(model)
     training = Training("vae", model.to(device), options)
 
+    def joint(step: int) -> bool:
+        return step >= (1 - JOINT) * options.steps
+
     def make(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         rng = stream(options.seed, step)
         seeds = [int(seed) for seed in rng.integers(1 << 62, size=options.batch_size)]
-        frames, code = coded(sample_scenes(rng, options.batch_size, split="train"), seeds)
+        scenes = sample_scenes(rng, options.batch_size, split="train")
+        frames, code = coded(scenes, seeds)
         whole = slice(None, options.batch_size // 2)
-        if step % WHOLE == 0 or step >= (1 - JOINT) * options.steps:
-            return frames[whole], code[whole], frames[whole], code[whole]
-        return frames[whole], code[whole], *windows(frames, code, rng)
+        poor = np.concatenate([code, wrong_depths(scenes, seeds, rng)], axis=1)
+        if step % WHOLE == 0 or (joint(step) and step % 2):
+            return frames[whole], code[whole], frames[whole], poor[whole]
+        return frames[whole], code[whole], *windows(frames, poor, rng)
 
     def loss(step: int, data: tuple[np.ndarray, ...]) -> dict[str, torch.Tensor]:
         seen, told = to_pixels(data[0], device), torch.as_tensor(data[1]).to(device)
         drawn, shown = torch.as_tensor(data[3]).to(device), to_pixels(data[2], device)
         with precision(options, device):
             found = model.encode(seen).latent_dist.mode().float()
-            if step >= (1 - JOINT) * options.steps:
-                drawn = found
-            off = _decode_open(model, roughened(drawn)).float() - shown
+            drawn = found if joint(step) and step % 2 else roughened(drawn[:, :CHANNELS], drawn[:, CHANNELS:])
+            off = _decode_open(model, drawn).float() - shown
         weight = 1 + DETAIL * _detail(shown)
         return {
             "code": (found - told).square().mean(),
@@ -98,11 +104,23 @@ def main() -> None:
     print(json.dumps(measure(model, options.seed)))
 
 
-def roughened(code: torch.Tensor) -> torch.Tensor:
-    """A code as a denoiser leaves it: noisy near figures. Elsewhere it is plain, and would tell how much noise there is."""
+def roughened(code: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
+    """A code as a denoiser leaves it: with depths that tend to be `wrong`, and noise near figures.
+
+    What it says of a figure in numbers every cell around repeats, and comes out right far sooner than its edges: a decoder
+    that has seen wrong depths draws from the numbers. Where there is no figure a code is plain; noise there would tell how
+    much of it there is.
+    """
+    count, device = len(code), code.device
+
+    def draw() -> torch.Tensor:
+        return torch.rand((count, 1, 1, 1, 1)).to(device)
+
+    share = draw() * (draw() < MISLED)
+    depths = torch.lerp(code[:, GROUND:NUMBERS], wrong, share)
     near = (code[:, NUMBERS : NUMBERS + 1].abs() > 0.05).to(code.dtype)
-    level = NOISE * torch.rand((len(code), 1, 1, 1, 1)).square()
-    return code + near * (level * torch.randn(code.shape)).to(code.device)
+    mixed = torch.cat([code[:, :GROUND], depths, code[:, NUMBERS:]], dim=1)
+    return mixed + near * NOISE * draw().square() * torch.randn(code.shape).to(device)
 
 
 def windows(frames: np.ndarray, code: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
