@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infra.errors import UserError
 from infra.telemetry import bound, log
-from stages.batch import Batch, WorldFault
+from stages.batch import Batch
 from stages.sample import SampleLatents
 
 START_SECONDS = 600.0
@@ -154,7 +154,7 @@ def _end_together(living: list[Any]) -> None:
 
 def _end(why: str) -> None:
     """End this process, and with it the group: a rank that waits in a collective could not be called back."""
-    log().error("sampler group ended", why=why, fault=WorldFault.__name__)
+    log().error("sampler group ended", why=why)
     os._exit(1)
 
 
