@@ -24,7 +24,7 @@ from models.pack.train.judge_model import build_model, build_processor, build_to
 from models.pack.train.loop import stream
 from models.pack.train.questions import HEAD, TAIL, Asked, as_rendered, ask, attribute, caption, changed
 from models.pack.train.vae import CONFIG as VAE
-from models.pack.world import render
+from models.pack.world import RADII, render
 from stages.caption import INSTRUCTIONS
 from stages.rubric import load_rubric
 
@@ -220,7 +220,7 @@ def test_a_track_says_where_a_figure_is_and_how_it_has_moved():
     shown = evenly_spaced(render([scene], [5]), SHOWN)[0]
     x, _, radius, to_the_right, down, grown = track_of(as_rendered(scene), shown)[:, 0].T
     assert np.all(np.diff(x) > 0.03)
-    assert np.allclose(radius, np.log(4.5 / 6), atol=0.1)
+    assert np.allclose(radius, np.log(RADII["small"] / 6), atol=0.1)
     assert np.allclose(to_the_right, 2 * (x - x[0]), atol=1e-5)
     assert np.abs(down).max() < 0.1 > np.abs(grown).max()
     assert np.isnan(track_of(as_rendered(scene), shown)[:, 1]).all()
