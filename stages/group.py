@@ -85,7 +85,8 @@ class SamplerGroup:
         log().info("sampler group started", ranks=stage.ranks)
 
     def __call__(self, batch: Batch) -> Batch:
-        running = [peer.run.remote(batch) for peer in self.peers]
+        shared = ray.put(batch)
+        running = [peer.run.remote(shared) for peer in self.peers]
         try:
             return self.sample(batch)
         finally:

@@ -46,11 +46,8 @@ def split_sequence(transformer: Any, split: Split) -> None:
         block.attn1.set_processor(SplitAttention(split, lambda: length))
 
 
-class SplitAttention:
-    """Wan's self-attention with tokens over ranks; a drop-in for diffusers' WanAttnProcessor."""
-
-    def __init__(self, split: Split, length: Callable[[], int]) -> None:
-        self.split, self.length = split, length
+class SelfAttention:
+    """Wan's self-attention but for what attends to what; a drop-in for diffusers' WanAttnProcessor."""
 
     def __call__(
         self,
@@ -61,10 +58,25 @@ class SplitAttention:
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         assert rotary_emb is not None
-        query, key, value = _projected(attn, hidden_states)
-        query, key = (rotate(part, *rotary_emb) for part in (query, key))
-        out = split_attention(query, key, value, self.split, self.length())
+        parts = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
+        query, key, value = (part.unflatten(2, (attn.heads, -1)) for part in parts)
+        out = self.attended(query, key, value, rotary_emb)
         return attn.to_out[1](attn.to_out[0](out.flatten(2).type_as(hidden_states)))
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """[b, n, h, d] of queries and keys without their rotary embedding, and values, each [b, n, h, d]."""
+        raise NotImplementedError
+
+
+class SplitAttention(SelfAttention):
+    """Over tokens that lie on several ranks."""
+
+    def __init__(self, split: Split, length: Callable[[], int]) -> None:
+        self.split, self.length = split, length
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        query, key = (rotate(part, *rotary) for part in (query, key))
+        return split_attention(query, key, value, self.split, self.length())
 
 
 @dataclass
@@ -86,36 +98,26 @@ class Window:
     split: Split = field(default_factory=Split)
 
 
-class WindowAttention:
-    """Self-attention of one layer over a window and the cached start of the next block."""
+class WindowAttention(SelfAttention):
+    """Of one layer, over a window and the cached start of the next block."""
 
     def __init__(self, layer: int, window: Window) -> None:
         self.layer, self.window = layer, window
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        assert rotary_emb is not None
-        window, group = self.window, self.window.split.ulysses
-        parts = _projected(attn, hidden_states)
-        query, key, value = (tokens_for_heads(part, group) for part in parts)
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        window, group, heads = self.window, self.window.split.ulysses, query.shape[2]
+        query, key, value = (tokens_for_heads(part, group) for part in (query, key, value))
         padding = query.shape[1] - window.tokens
         query, key, value = (part[:, : window.tokens] for part in (query, key, value))
         window.fresh[self.layer] = (key[:, slice(*window.kept)].clone(), value[:, slice(*window.kept)].clone())
         if self.layer in window.future:
             more_keys, more_values = window.future[self.layer]
             key, value = torch.cat([key, more_keys], dim=1), torch.cat([value, more_values], dim=1)
-        query, key = (rotate(part, *(angle[:, : part.shape[1]] for angle in rotary_emb)) for part in (query, key))
+        query, key = (rotate(part, *(angle[:, : part.shape[1]] for angle in rotary)) for part in (query, key))
         out = attend(*(part.transpose(1, 2).contiguous() for part in (query, key, value)))[0].transpose(1, 2)
         if padding:
             out = torch.cat([out, out.new_zeros(len(out), padding, *out.shape[2:])], dim=1)
-        out = heads_for_tokens(out, group, attn.heads).flatten(2).type_as(hidden_states)
-        return attn.to_out[1](attn.to_out[0](out))
+        return heads_for_tokens(out, group, heads)
 
 
 class Stage:
@@ -176,11 +178,6 @@ def tokens_of(transformer: Any, latents: Tensor) -> int:
     sizes = zip(latents.shape[2:], transformer.config.patch_size, strict=True)
     frames, height, width = (size // patch for size, patch in sizes)
     return frames * height * width
-
-
-def _projected(attn: Any, hidden: Tensor) -> tuple[Tensor, ...]:
-    parts = attn.norm_q(attn.to_q(hidden)), attn.norm_k(attn.to_k(hidden)), attn.to_v(hidden)
-    return tuple(part.unflatten(2, (attn.heads, -1)) for part in parts)
 
 
 def _cut_timestep(timestep: Tensor, split: Split) -> Tensor:
