@@ -88,12 +88,13 @@ train = $(BIN)/python -m models.pack.train.$(1) --folder $(PACK_FOLDER) --thread
 
 .PHONY: pack
 pack: $(CORE) ## train pack://shapes anew, a day on two cores, and measure it; running it again goes on
-	$(call step,VAE)
-	@$(call train,vae)
 	$(call step,Text encoder)
 	@$(call train,text)
 	$(call step,Denoiser)
 	@$(call train,denoiser)
+	$(call step,VAE)
+	@$(call train,leftovers)
+	@$(call train,vae)
 	$(call step,Judge)
 	@$(call train,eyes)
 	@$(call train,flaws) --vae $(PACK_FOLDER)/vae

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,18 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from models.multimodal import Multimodal, MultimodalRef, evenly_spaced
-from models.pack.grammar import Scene, flaw, keeps, sample_scenes
+from models.pack.grammar import COLOURS, SHAPES, Scene, flaw, keeps, sample_scenes
 from models.pack.marks import marks
 from models.pack.phrases import VOCABULARY, parse
 from models.pack.train import questions
-from models.pack.train.eyes import Eyes, lesson, losses, to_pixel_values
+from models.pack.train.eyes import VISION, Eyes, lesson, losses, to_pixel_values
 from models.pack.train.flaws import FLAWS, Decoded, damaged, decoded, packed, spoilt
-from models.pack.train.judge import SHOWN, _last_tokens, sheets, track_of
+from models.pack.train.judge import SHOWN, _last_tokens, coded_lesson, sheets, track_of
 from models.pack.train.judge import lesson as judge_lesson
 from models.pack.train.judge import losses as judge_losses
+from models.pack.train.judge_code import CODE, FIGURE, GAIN, patch_codes, token_codes
 from models.pack.train.judge_exam import auroc, ece
-from models.pack.train.judge_model import build_model, build_processor, build_tokenizer, export
+from models.pack.train.judge_model import TEXT, build_model, build_processor, build_tokenizer, export
 from models.pack.train.loop import stream
 from models.pack.train.questions import HEAD, TAIL, Asked, as_rendered, ask, attribute, caption, changed
 from models.pack.train.vae import CONFIG as VAE
@@ -163,6 +165,33 @@ def test_patches_are_told_what_they_show():
     whole = model(to_pixel_values(frames))
     assert torch.allclose(told["shape"], whole["shape"], atol=1e-4)
     terms = losses(told, {name: torch.as_tensor(value) for name, value in answers.items()})
+    assert all(term.isfinite() for term in terms.values())
+
+
+def test_tokens_tell_what_the_connector_sums_over_patches(untrained):
+    scenes = [parse("a small red circle moving right and a large blue star standing still on a white background")]
+    assert scenes[0] is not None
+    patches = patch_codes(scenes, [3], np.asarray([0, 16]))
+    wanted = token_codes(patches)
+    figures = wanted.sum(axis=2)[0, :, : FIGURE * len(COLOURS)].reshape(2, len(COLOURS), FIGURE)
+    assert {COLOURS[at] for at in np.flatnonzero(figures[0, :, 0])} == {"red", "blue"}
+    assert np.allclose(figures[:, [COLOURS.index("red"), COLOURS.index("blue")], 0], GAIN, atol=1e-4)
+    red = figures[:, COLOURS.index("red")]
+    assert red[1, 1 + len(SHAPES)] > red[0, 1 + len(SHAPES)] + 1  # further to the right
+    connector = copy.deepcopy(untrained["judge"].model.connector)
+    states = torch.zeros(2, 64, VISION["hidden_size"])
+    states[..., :CODE] = torch.as_tensor(patches[0])
+    with torch.no_grad():
+        next(connector.parameters()).copy_(torch.eye(TEXT["hidden_size"], VISION["hidden_size"]).repeat(1, 16))
+        made = connector(states)[..., :CODE].numpy()
+    np.testing.assert_allclose(made, wanted[0], atol=1e-4)
+
+
+def test_a_lesson_of_codes_asks_what_a_lesson_of_frames_asks(tokenizer, untrained):
+    made = coded_lesson(tokenizer, stream(11, 0), 3)
+    assert made["tokens"].shape == (3, SHOWN, 4, TEXT["hidden_size"])
+    terms = judge_losses(untrained, {name: torch.as_tensor(value) for name, value in made.items()})
+    assert {"answers", "captions", "right", "state2", "track4"} <= set(terms)
     assert all(term.isfinite() for term in terms.values())
 
 

@@ -14,7 +14,8 @@ from models.pack.grammar import Shot, abridge, sample_scenes
 from models.pack.phrases import VOCABULARY, describe
 from models.pack.train.code import CELL, CHANNELS, GROUND, NUMBERS, SCALE, coded
 from models.pack.train.denoiser import CONFIG as DENOISER
-from models.pack.train.denoiser import flow_loss
+from models.pack.train.denoiser import build_model, flow_loss
+from models.pack.train.leftovers import Leftovers, denoised_again
 from models.pack.train.loop import Training, stream
 from models.pack.train.text import TOKENS, WIDTH, build_encoder, build_tokenizer, embed, tokens
 from models.pack.train.vae import CONFIG as VAE
@@ -146,3 +147,21 @@ def test_a_window_has_the_code_of_its_own_pixels():
             and np.array_equal(its[:, :, y : y + 4, x : x + 4], each)
         ]
         assert places
+
+
+def test_what_the_denoiser_leaves_comes_back_with_its_clips(tmp_path: Path):
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    model = build_model(tokenizer, tmp_path / "none").eval()
+    scenes, seeds = sample_scenes(stream(4, 0), 3), [5, 6, 7]
+    left = denoised_again(model, tokenizer, scenes, seeds, stream(4, 1), guidance=2.0)
+    assert left.shape == (3, CHANNELS, 5, 8, 8)
+    assert left.dtype == np.float16
+    told = [describe(scene) for scene in scenes]
+    np.savez(tmp_path / "0000.npz", allow_pickle=False, scenes=told, seeds=seeds, left=left)
+    found = Leftovers(tmp_path)
+    frames, again = found.batch(stream(4, 2), 8)
+    rows = [int(np.flatnonzero((left == each).all(axis=(1, 2, 3, 4)))[0]) for each in again]
+    assert len(set(rows)) > 1
+    for clip, row in zip(frames, rows, strict=True):
+        assert np.array_equal(clip, render([scenes[row]], [seeds[row]])[0])

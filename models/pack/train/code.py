@@ -13,7 +13,6 @@ Causal like Wan's VAE: the first latent frame tells of the first frame alone, ea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -33,8 +32,6 @@ STEEP = 5.0
 """Pixels outside or inside of an edge beyond which a depth is cut off."""
 SCALE = 1.4
 """Of all channels, for a spread near that of the noise."""
-OFF = 1.0
-"""Pixels by which wrong depths are off."""
 NEAR = 12.0
 """Pixels from a cell's centre to a figure's within which the cell tells of it in full."""
 FAR = 22.0
@@ -63,17 +60,6 @@ def coded(scenes: Sequence[Scene], seeds: Sequence[int], *, num_frames: int = NU
         for at in range(length):
             _tell(track, at, told[track.clip, NUMBERS:, at], nearest[track.clip, at])
     return frames, SCALE * told
-
-
-def wrong_depths(scenes: Sequence[Scene], seeds: Sequence[int], rng: np.random.Generator) -> Array:
-    """Depths of the same clips with figures of any other shape, a little off in place and size: [n, DEPTHS, T', 8, 8]."""
-    told = np.zeros((len(scenes), DEPTHS, 1 + (NUM_FRAMES - 1) // SPAN, CELLS, CELLS), dtype=np.float32)
-    for track in tracks(scenes, seeds):
-        across, down, larger = rng.normal(0, (OFF, OFF, 0.06))
-        shape = SHAPES[int(rng.integers(len(SHAPES)))]
-        other = replace(track, shape=shape, x=track.x + across, y=track.y + down, r=track.r * np.exp(larger))
-        np.maximum(told[track.clip], _depths(other, NUM_FRAMES), out=told[track.clip])
-    return SCALE * told
 
 
 def _depths(track: Track, num_frames: int) -> Array:

@@ -4,7 +4,8 @@
 
 A tower that only ever hears Yes or No learns shapes last and slowly. Here every patch that shows some of a figure answers
 with the figure's shape, colour, radius, centre and turn, and every patch with the background, all read off rendered
-pixels; the linear heads are thrown away afterwards.
+pixels. One more head, what a patch adds to its token (`judge_code.py`), becomes the judge's connector; the others are thrown
+away afterwards.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from models.pack.geometry import OUTLINES
 from models.pack.grammar import BACKGROUNDS, COLOURS, SHAPES, Scene, sample_scenes
+from models.pack.train.judge_code import CODE, PATCH, patch_codes, token_codes
 from models.pack.train.loop import Training, arguments, precision, set_up, stream
 from models.pack.world import FRAME, PALETTE, cut_frame, render
 
-PATCH = 8
 VISION: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -47,13 +49,18 @@ HEADS = {
     "turn": 2,
     "outline": GRID * GRID,
     "mask": PATCH * PATCH,
+    "code": CODE,
 }
+SHARED = 4.0
+"""The last head tells a patch's code times this."""
 MASK_LAYER = 2
 """After so many layers a patch tells which of its own pixels the figure covers, whatever the colours."""
 STEPS = (((1, 0), (0, 1), (-1, 0), (0, -1)), ((1, 1), (-1, 1), (-1, -1), (1, -1)))
 """Neighbours that the heads of even and of odd layers start by looking at."""
 SHARP = 1.7
 """How sharply they look there, and nowhere else."""
+CONNECTOR = "connector.safetensors"
+"""Beside the tower: the last head."""
 ROUGH = 0.5
 """Share of frames that are blurred or noisy a little, as a VAE's are."""
 
@@ -83,6 +90,7 @@ def main() -> None:
     training.run(make, loss)
     model.load_state_dict(training.average.weights)
     model.tower.save_pretrained(Path(options.folder) / "eyes", safe_serialization=True)
+    save_file({"code": model.heads["code"].weight.data}, Path(options.folder) / "eyes" / CONNECTOR)
     print(json.dumps(measure(model, options.seed)))
 
 
@@ -92,7 +100,8 @@ class Eyes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tower = build_tower()
-        self.heads = nn.ModuleDict({name: nn.Linear(VISION["hidden_size"], size) for name, size in HEADS.items()})
+        width = VISION["hidden_size"]
+        self.heads = nn.ModuleDict({name: nn.Linear(width, size, bias=name != "code") for name, size in HEADS.items()})
 
     def forward(self, pixel_values: torch.Tensor, kept: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """What each patch says, [n, k, ...]: those of index `kept`, int64 [n, k], or all."""
@@ -160,11 +169,12 @@ def lesson(rng: np.random.Generator, clips: int, split: Any) -> tuple[np.ndarray
     -1 (NaN in `place` and `turn`) where there is nothing to say.
     """
     scenes = sample_scenes(rng, clips, split=split)
-    whole = render(scenes, [int(seed) for seed in rng.integers(1 << 62, size=clips)])
+    seeds = [int(seed) for seed in rng.integers(1 << 62, size=clips)]
     frames, answers = [], []
-    for scene, clip in zip(scenes, whole, strict=True):
-        for at in rng.choice(len(clip), FRAMES_A_CLIP, replace=False):
-            answers.append(patch_answers(scene, clip[at], at >= cut_frame(len(clip))))
+    for scene, seed, clip in zip(scenes, seeds, render(scenes, seeds), strict=True):
+        shown = rng.choice(len(clip), FRAMES_A_CLIP, replace=False)
+        for at, code in zip(shown, patch_codes([scene], [seed], shown)[0], strict=True):
+            answers.append(patch_answers(scene, clip[at], at >= cut_frame(len(clip))) | {"code": code})
             frames.append(roughened(clip[at], rng) if rng.random() < ROUGH else clip[at])
     return np.stack(frames), {name: np.stack([answer[name] for answer in answers]) for name in HEADS}
 
@@ -268,18 +278,22 @@ def losses(told: dict[str, torch.Tensor], answers: dict[str, torch.Tensor]) -> d
         there = ~answers[name].isnan()
         wanted = answers[name][there].clamp(0, 1)
         terms[name] = 2 * nn.functional.binary_cross_entropy_with_logits(told[name][there], wanted)
+    terms["code"] = 4 * (told["code"] - SHARED * answers["code"]).square().mean()
     return terms
 
 
 @torch.no_grad()
 def measure(model: Eyes, seed: int, clips: int = 128) -> dict[str, float]:
-    """On held-out scenes: the share of patches that tell shape and colour right, and the error of centres in pixels."""
+    """On held-out scenes: the share of patches that tell shape and colour right, the part of tokens' codes that is explained,
+    and the error of centres in pixels."""
     model.eval()
     frames, answers = lesson(stream(seed, 4_900_000), clips, "held_out")
     device = next(model.parameters()).device
     told = {name: value.cpu().numpy() for name, value in model(to_pixel_values(frames).to(device)).items()}
     there = answers["shape"] >= 0
     found = {name: float((told[name].argmax(-1) == answers[name])[there].mean()) for name in ("shape", "colour")}
+    off, wanted = (token_codes(each) for each in (told["code"] / SHARED - answers["code"], answers["code"]))
+    found["code"] = 1 - float(np.square(off).mean() / wanted.var())
     return found | {"centre": float(np.nanmean(np.abs(told["place"] - answers["place"])[..., :2]) * FRAME / 2)}
 
 

@@ -5,9 +5,11 @@
     python -m models.pack.train.judge [--minutes 60]
 
 A clip's frames are read once and followed by many questions beside each other: each attends to the frames and to itself,
-as if it were asked alone. Beside the answers linear heads, thrown away afterwards, are asked for what an answer is made
-of: below, each frame's last token for the figures so far, where they are and how they moved, and above, each question's
-last one for which attributes of the description are right.
+as if it were asked alone. At first the language model is given codes in the place of what the tower will tell of a frame
+(`judge_code.py`), of clips as rendered: that is quick, and it learns to answer. Then tower and all learn together, from
+all clips. Beside the answers linear heads, thrown away afterwards, are asked for what an answer is made of: below, each
+frame's last token for the figures so far, where they are and how they moved, and above, each question's last one for which
+attributes of the description are right.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from models.multimodal import evenly_spaced
 from models.pack.grammar import BACKGROUNDS, Scene, is_complete, sample_scenes
 from models.pack.train.eyes import places, to_pixel_values
 from models.pack.train.flaws import Decoded, softened, spoilt
+from models.pack.train.judge_code import CODE, patch_codes, token_codes
 from models.pack.train.judge_model import (
     ASSISTANT,
     CHANGES,
@@ -33,9 +36,11 @@ from models.pack.train.judge_model import (
     FRAME_TOKENS,
     GLOBAL,
     IMAGE,
+    REST,
     SLOTS,
     STATE,
     STATE_LAYERS,
+    TEXT,
     TRACKED,
     USER,
     build_model,
@@ -59,10 +64,8 @@ NO_TARGET = -100
 
 
 def main() -> None:
-    parser = arguments(__doc__, steps=14_000, batch_size=8, learning_rate=1e-3)
-    parser.add_argument(
-        "--silent", type=int, default=4_000, help="steps on twice the clips without questions, at first"
-    )
+    parser = arguments(__doc__, steps=12_000, batch_size=8, learning_rate=2e-3)
+    parser.add_argument("--coded", type=int, default=6_000, help="steps on codes in the place of frames, at first")
     options = parser.parse_args()
     device = set_up(options)
     torch.manual_seed(options.seed)
@@ -73,9 +76,10 @@ def main() -> None:
     decoded = Decoded(folder / "decoded-train")
 
     def make(step: int) -> dict[str, np.ndarray]:
-        silent = step < options.silent
         rng = stream(options.seed, 7_000_000, step)
-        return lesson(tokenizer, rng, options.batch_size * (2 if silent else 1), decoded, silent=silent)
+        if step < options.coded:
+            return coded_lesson(tokenizer, rng, options.batch_size)
+        return lesson(tokenizer, rng, options.batch_size, decoded)
 
     def loss(step: int, data: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         batch = {name: torch.as_tensor(value).to(device) for name, value in data.items()}
@@ -91,14 +95,9 @@ def main() -> None:
 
 
 def lesson(
-    tokenizer: PreTrainedTokenizerFast,
-    rng: np.random.Generator,
-    count: int,
-    decoded: Decoded | None,
-    *,
-    silent: bool = False,
+    tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, count: int, decoded: Decoded | None
 ) -> dict[str, np.ndarray]:
-    """Frames, questions and answers of one step, as arrays; `silent`: frames alone."""
+    """Frames, questions and answers of one step, as arrays."""
     image = rng.random() < IMAGES
     scenes = sample_scenes(rng, count, split="train", image=image)
     clips = render(
@@ -108,11 +107,33 @@ def lesson(
     for at, scene in enumerate(scenes):
         clip, seen = _clip(scene, clips[at], clips[at - 1], rng, None if image else decoded)
         shown.append(evenly_spaced(clip[None], SHOWN)[0])
-        asked.append([] if silent else ask(seen, rng, image=image))
+        asked.append(ask(seen, rng, image=image))
         known.append(state_of(seen, image))
         tracks.append(track_of(seen, shown[-1]))
     states = {"state": np.stack(known), "track": np.stack(tracks)}
     return {"frames": np.stack(shown), **states, **sheets(tokenizer, asked, len(shown[0]))}
+
+
+def coded_lesson(tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
+    """The same of clips as rendered, with what the tower would tell, if it were good, as `tokens` and not as `frames`."""
+    image = rng.random() < IMAGES
+    scenes = sample_scenes(rng, count, split="train", image=image)
+    seeds = [int(seed) for seed in rng.integers(1 << 62, size=count)]
+    num_frames = 1 if image else NUM_FRAMES
+    shown = evenly_spaced(np.arange(num_frames)[None, :, None, None, None], SHOWN)[0, :, 0, 0, 0]
+    codes = token_codes(patch_codes(scenes, seeds, shown, num_frames))
+    there = 0.03 + 0.5 * rng.random((count, 1, 1, 1)) * (codes != 0)
+    codes += there * rng.standard_normal(codes.shape, dtype=np.float32)
+    rest = rng.standard_normal((*codes.shape[:-1], TEXT["hidden_size"] - CODE), dtype=np.float32)
+    clips = render(scenes, seeds, num_frames=num_frames)[:, shown]
+    known = [as_rendered(scene) for scene in scenes]
+    states = {
+        "state": np.stack([state_of(seen, image) for seen in known]),
+        "track": np.stack([track_of(seen, clip) for seen, clip in zip(known, clips, strict=True)]),
+    }
+    asked = [ask(seen, rng, image=image) for seen in known]
+    tokens = np.concatenate([codes, REST * rest], axis=-1).astype(np.float32)
+    return {"tokens": tokens, **states, **sheets(tokenizer, asked, len(shown))}
 
 
 def _clip(
@@ -247,9 +268,12 @@ def _sheet(tokenizer: PreTrainedTokenizerFast, asked: list[Asked], num_frames: i
 def losses(model: nn.ModuleDict, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Cross-entropy of Yes and No and of captions; of the state in each frame and of what is right, to help."""
     judge: Any = model["judge"]
-    frames, ids = batch["frames"], batch["ids"]
-    seen = judge.model.vision_model(to_pixel_values(frames.flatten(0, 1)))
-    features = judge.model.connector(seen.last_hidden_state).flatten(0, 1)
+    ids = batch["ids"]
+    if "tokens" in batch:
+        features = batch["tokens"].flatten(0, 2)
+    else:
+        seen = judge.model.vision_model(to_pixel_values(batch["frames"].flatten(0, 1)))
+        features = judge.model.connector(seen.last_hidden_state).flatten(0, 1)
     embedded = judge.get_input_embeddings()(ids)
     places = (ids == judge.config.image_token_id)[..., None]
     embedded = embedded.masked_scatter(places, features.to(embedded.dtype))
@@ -262,11 +286,9 @@ def losses(model: nn.ModuleDict, batch: dict[str, torch.Tensor]) -> dict[str, to
     )
     terms = {}
     for at in STATE_LAYERS:
-        stated = out.hidden_states[at][:, _last_tokens(frames.shape[1])]
+        stated = out.hidden_states[at][:, _last_tokens(batch["state"].shape[1])]
         terms[f"state{at}"] = 0.5 * _state_loss(model[f"state{at}"](stated).float(), batch["state"])
         terms[f"track{at}"] = 0.5 * _track_loss(model[f"track{at}"](stated).float(), batch["track"])
-    if not bool(batch["decides"].any()):
-        return terms
     last = out.last_hidden_state
     said = batch["target"] != NO_TARGET
     each = nn.functional.cross_entropy(judge.lm_head(last[said]).float(), batch["target"][said], reduction="none")

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from models.pack.grammar import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES
 from models.pack.phrases import VOCABULARY
 from models.pack.train import questions
-from models.pack.train.eyes import VISION
+from models.pack.train.eyes import CONNECTOR, SHARED, VISION
+from models.pack.train.judge_code import CODE, MERGED
 from models.pack.train.questions import ATTRIBUTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MERGED = 4
-"""Patches across and along that become one token: four tokens a frame."""
 FRAME_TOKENS = (VISION["image_size"] // VISION["patch_size"] // MERGED) ** 2
 TEXT: dict[str, Any] = {
     "hidden_size": 160,
@@ -31,7 +31,9 @@ TEXT: dict[str, Any] = {
     "initializer_range": 0.06,
 }
 EMBEDDED = 0.5
-"""Spread of the words' embeddings at the start: about that of what the tower's tokens become."""
+"""Spread of the words' embeddings at the start: about that of tokens' codes."""
+REST = 0.3
+"""Spread of a token's channels that tell nothing yet."""
 STATE_LAYERS = (2, 4)
 """After so many layers a frame's last token tells the figures: first what and where they are, then how they move, which
 takes comparing frames. The questions' upper layers can read it there."""
@@ -125,7 +127,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, eyes: Path | None = None) ->
     nn.init.normal_(judge.get_input_embeddings().weight, std=EMBEDDED)
     if eyes is not None and eyes.exists():
         judge.model.vision_model.load_state_dict(Idefics3VisionTransformer.from_pretrained(eyes).state_dict())
-    _pool(judge)
+    _connect(judge, eyes)
     width = TEXT["hidden_size"]
     told = SLOTS * sum(len(values) + 1 for values in STATE.values()) + len(BACKGROUNDS)
     heads = {f"{name}{at}": size for at in STATE_LAYERS for name, size in (("state", told), ("track", SLOTS * TRACKED))}
@@ -134,14 +136,16 @@ def build_model(tokenizer: PreTrainedTokenizerFast, eyes: Path | None = None) ->
 
 
 @torch.no_grad()
-def _pool(judge: Any) -> None:
+def _connect(judge: Any, eyes: Path | None) -> None:
     """Start the connector at the same projection for each of the patches that become one token: a sum over them.
 
-    What is learnt of a figure in one place then holds in every other; left to chance, each place would be learnt anew.
+    It tells the token's code in the first channels, if `eyes.py` learnt to, and little of anything else in the others.
     """
     projection = next(judge.model.connector.modality_projection.parameters())
     patches, width = MERGED**2, VISION["hidden_size"]
-    shared = torch.randn(len(projection), width) / (width * patches) ** 0.5
+    shared = REST * torch.randn(len(projection), width) / (width * patches) ** 0.5
+    if eyes is not None and (eyes / CONNECTOR).exists():
+        shared[:CODE] = load_file(eyes / CONNECTOR)["code"] / SHARED
     projection.copy_(shared.repeat(1, patches))
 
 

@@ -2,9 +2,9 @@
 
     python -m models.pack.train.vae [--minutes 60]
 
-The code is known before the VAE is, so both halves learn at the same time and the denoiser beside them. The decoder is given
-codes as a denoiser leaves them, of small windows around a figure, where there is something to learn, and by
-turns of whole clips. In the last steps it is given what the encoder tells, and both learn.
+The code is known before the VAE is, so both halves learn at the same time. The decoder draws what the denoiser leaves of
+codes (`leftovers.py`), with its errors, of small windows around a figure, where there is something to learn, and by turns
+of whole clips; later, in every other step, what the encoder tells, and then both learn.
 Its loss: mean absolute and squared difference, with weight on detail, and the absolute one of differences between neighbours.
 The encoder folds 2x2 pixels into channels first (`patch_size`), so that no convolution runs at full size: decoding a clip
 takes 0.1 CPU-seconds.
@@ -22,14 +22,15 @@ from torch import nn
 
 from models.pack.grammar import sample_scenes
 from models.pack.oracle import match, read
-from models.pack.train.code import CELL, CHANNELS, GROUND, NUMBERS, coded, wrong_depths
+from models.pack.train.code import CELL, CHANNELS, GROUND, NUMBERS, coded
+from models.pack.train.leftovers import Leftovers
 from models.pack.train.loop import Training, arguments, precision, set_up, stream
 from models.pack.world import render
 
 CONFIG: dict[str, Any] = {
     "base_dim": 16,
     "z_dim": CHANNELS,
-    "dim_mult": [1, 2, 4],
+    "dim_mult": [1, 2, 8],
     "num_res_blocks": 1,
     "attn_scales": [],
     "temperal_downsample": [True, True],
@@ -48,12 +49,8 @@ WINDOW = 4
 """Cells along a window's side."""
 WHOLE = 4
 """One step in so many draws whole clips."""
-JOINT = 0.2
+JOINT = 0.5
 """Share of the steps, at the end, in every other of which the decoder draws from what the encoder tells."""
-NOISE = 0.3
-"""Most noise that is added to a code before it is drawn."""
-MISLED = 0.7
-"""Share of codes whose depths are wrong, some or all the way."""
 DETAIL = 5.0
 """How much more an error counts where the picture differs from its surroundings. An edge is a small part of it."""
 
@@ -67,28 +64,31 @@ def main() -> None:
     model = AutoencoderKLWan(**CONFIG)
     initialise(model)
     training = Training("vae", model.to(device), options)
+    leftovers = Leftovers(Path(options.folder) / "leftovers")
+    if not leftovers.seeds:
+        raise SystemExit(f"{options.folder}/leftovers: nothing there; run models.pack.train.leftovers first")
 
     def joint(step: int) -> bool:
-        return step >= (1 - JOINT) * options.steps
+        return step >= (1 - JOINT) * options.steps and step % 2 == 1
 
-    def make(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def make(step: int) -> tuple[np.ndarray, ...]:
         rng = stream(options.seed, step)
-        seeds = [int(seed) for seed in rng.integers(1 << 62, size=options.batch_size)]
-        scenes = sample_scenes(rng, options.batch_size, split="train")
-        frames, code = coded(scenes, seeds)
-        whole = slice(None, options.batch_size // 2)
-        poor = np.concatenate([code, wrong_depths(scenes, seeds, rng)], axis=1)
-        if step % WHOLE == 0 or (joint(step) and step % 2):
-            return frames[whole], code[whole], frames[whole], poor[whole]
-        return frames[whole], code[whole], *windows(frames, poor, rng)
+        whole = options.batch_size // 2
+        frames, code = coded(
+            sample_scenes(rng, whole, split="train"), [int(seed) for seed in rng.integers(1 << 62, size=whole)]
+        )
+        if joint(step):
+            return frames, code, frames, code
+        if step % WHOLE == 0:
+            return frames, code, *leftovers.batch(rng, whole)
+        return frames, code, *windows(*leftovers.batch(rng, options.batch_size), rng)
 
     def loss(step: int, data: tuple[np.ndarray, ...]) -> dict[str, torch.Tensor]:
         seen, told = to_pixels(data[0], device), torch.as_tensor(data[1]).to(device)
-        drawn, shown = torch.as_tensor(data[3]).to(device), to_pixels(data[2], device)
+        shown, left = to_pixels(data[2], device), torch.as_tensor(data[3]).to(device)
         with precision(options, device):
             found = model.encode(seen).latent_dist.mode().float()
-            drawn = found if joint(step) and step % 2 else roughened(drawn[:, :CHANNELS], drawn[:, CHANNELS:])
-            off = _decode_open(model, drawn).float() - shown
+            off = _decode_open(model, found if joint(step) else left).float() - shown
         weight = 1 + DETAIL * _detail(shown)
         return {
             "code": (found - told).square().mean(),
@@ -102,25 +102,6 @@ def main() -> None:
     model.eval()
     model.save_pretrained(Path(options.folder) / "vae", safe_serialization=True)
     print(json.dumps(measure(model, options.seed)))
-
-
-def roughened(code: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
-    """A code as a denoiser leaves it: with depths that tend to be `wrong`, and noise near figures.
-
-    What it says of a figure in numbers every cell around repeats, and comes out right far sooner than its edges: a decoder
-    that has seen wrong depths draws from the numbers. Where there is no figure a code is plain; noise there would tell how
-    much of it there is.
-    """
-    count, device = len(code), code.device
-
-    def draw() -> torch.Tensor:
-        return torch.rand((count, 1, 1, 1, 1)).to(device)
-
-    share = draw() * (draw() < MISLED)
-    depths = torch.lerp(code[:, GROUND:NUMBERS], wrong, share)
-    near = (code[:, NUMBERS : NUMBERS + 1].abs() > 0.05).to(code.dtype)
-    mixed = torch.cat([code[:, :GROUND], depths, code[:, NUMBERS:]], dim=1)
-    return mixed + near * NOISE * draw().square() * torch.randn(code.shape).to(device)
 
 
 def windows(frames: np.ndarray, code: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
