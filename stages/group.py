@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import os
 import threading
+import traceback
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -29,6 +30,9 @@ COLLECTIVE_SECONDS = 600.0
 """After so long a rank that waits for another gives up."""
 GRACE_SECONDS = 30.0
 """For the other ranks to end a batch after rank 0 has."""
+LOST = "lost"
+"""How an error begins that is the group's and no batch's."""
+_COLLECTIVES = f"torch{os.sep}distributed{os.sep}"
 
 
 @dataclass(frozen=True)
@@ -85,16 +89,22 @@ class SamplerGroup:
         log().info("sampler group started", ranks=stage.ranks)
 
     def __call__(self, batch: Batch) -> Batch:
+        """What rank 0 makes. An error that all ranks met alike is the batch's own; any other ends the group."""
         shared = ray.put(batch)
         running = [peer.run.remote(shared) for peer in self.peers]
+        made, error = None, None
         try:
-            return self.sample(batch)
-        finally:
-            _, late = ray.wait(running, num_returns=len(running), timeout=GRACE_SECONDS)
-            if late:
-                _end(
-                    f"{len(late)} of {len(running)} ranks did not end the batch within {GRACE_SECONDS:.0f} s of rank 0"
-                )
+            made = self.sample(batch)
+        except Exception as found:
+            error = found
+        _, late = ray.wait(running, num_returns=len(running), timeout=GRACE_SECONDS)
+        outcomes = [told(error), *(None if ref in late else _outcome(ref) for ref in running)]
+        if why := disagreement(outcomes):
+            _end(why)
+        if error is not None:
+            raise error
+        assert made is not None
+        return made
 
 
 @ray.remote(max_restarts=0, max_concurrency=2)
@@ -115,9 +125,44 @@ class _Peer:
             join(self.rank, self.ranks, TCPStore(*self.place, is_master=False, timeout=_seconds(START_SECONDS)))
             self.sample.load()
 
-    def run(self, batch: Batch) -> None:
+    def run(self, batch: Batch) -> str:
+        """What went wrong, "" for nothing."""
         with bound(rank=self.rank):
-            self.sample(batch)
+            try:
+                self.sample(batch)
+            except Exception as error:
+                return told(error)
+        return ""
+
+
+def _outcome(ref: Any) -> str:
+    try:
+        return str(ray.get(ref))
+    except ray.exceptions.RayError as error:
+        return f"{LOST}: {type(error).__name__}"
+
+
+def told(error: Exception | None) -> str:
+    """An error in a line, "" for none. One out of a collective is named by it."""
+    if error is None:
+        return ""
+    inside = [frame.name for frame in traceback.extract_tb(error.__traceback__) if _COLLECTIVES in frame.filename]
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{LOST} in {inside[-1]}: {text}" if inside else text
+
+
+def disagreement(outcomes: list[str | None]) -> str:
+    """Why the ranks of a group cannot go on together, "" if they can. `outcomes`: what `told` says of each rank, None of one
+    that did not end."""
+    late = [f"rank {rank}" for rank, outcome in enumerate(outcomes) if outcome is None]
+    if late:
+        first = outcomes[0] or "ended it"
+        return f"{', '.join(late)} did not end the batch within {GRACE_SECONDS:.0f} s; rank 0: {first}"
+    lost = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if str(outcome).startswith(LOST)]
+    if lost:
+        return "; ".join(lost)
+    failed = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if outcome]
+    return f"some ranks failed and others did not; {'; '.join(failed)}" if 0 < len(failed) < len(outcomes) else ""
 
 
 def join(rank: int, ranks: int, store: Any) -> None:
