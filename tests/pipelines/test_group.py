@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.ray
 
-PROMPTS = {"inline": [f"thing {at}" for at in range(10)]}
-
 
 def _run(
-    run: Runner, root: Path, parallel: dict[str, int], report: Any = lambda _: None, **keys: Any
+    run: Runner,
+    root: Path,
+    parallel: dict[str, int],
+    report: Any = lambda _: None,
+    prompts: int = 10,
+    **keys: Any,
 ) -> dict[str, np.ndarray]:
     spec = run.spec(
         root,
-        PROMPTS,
+        {"inline": [f"thing {at}" for at in range(prompts)]},
         layout={"batch_size": 2, "parallel": parallel},
         output={"uri": str(root), "commit_every": 0.1, "tensors": {"latents": "float32"}},
         **keys,
@@ -63,18 +66,33 @@ def test_a_group_makes_what_one_process_makes(tmp_path: Path, run: Runner, alone
         assert np.abs(latents - alone[name]).max() <= 1e-5 * np.abs(alone[name]).max()
 
 
-def test_a_killed_rank_costs_time_and_nothing_else(tmp_path: Path, run: Runner, alone: dict[str, np.ndarray]) -> None:
+def _kill_ranks(root: Path, run: Runner, times: int, prompts: int) -> dict[str, np.ndarray]:
+    """A run of a group that loses a rank so many times, each time after two more samples."""
     killed: list[int] = []
 
     def kill(progress: Progress) -> None:
-        if progress.done >= 2 and not killed and (peers := _peers()):
-            killed.append(peers[0].pid)
-            os.kill(peers[0].pid, signal.SIGKILL)
+        alive = [peer.pid for peer in _peers() if peer.pid not in killed]
+        if len(killed) < times and progress.done >= 2 * (len(killed) + 1) and alive:
+            killed.append(alive[0])
+            os.kill(alive[0], signal.SIGKILL)
 
-    made = _run(run, tmp_path / "data", {"ulysses": 2}, kill)
-    assert killed and made.keys() == alone.keys()
+    made = _run(run, root, {"ulysses": 2}, kill, prompts=prompts)
+    assert len(killed) == times
+    return made
+
+
+def test_a_rank_that_is_killed_again_and_again_costs_time_and_nothing_else(
+    tmp_path: Path, run: Runner, alone: dict[str, np.ndarray]
+) -> None:
+    made = _kill_ranks(tmp_path / "data", run, times=3, prompts=10)
+    assert made.keys() == alone.keys()
     for name, latents in made.items():
         assert np.abs(latents - alone[name]).max() <= 1e-5 * np.abs(alone[name]).max()
+
+
+@pytest.mark.soak
+def test_ten_killed_ranks(tmp_path: Path, run: Runner) -> None:
+    assert len(_kill_ranks(tmp_path / "data", run, times=10, prompts=30)) == 30
 
 
 def test_a_video_in_blocks_has_the_same_bits_by_one_stage_and_by_two(tmp_path: Path, run: Runner) -> None:

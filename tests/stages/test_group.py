@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -47,3 +53,22 @@ def test_a_collective_that_times_out_is_named():
     assert first.startswith("lost in recv: ")
     assert second == ""
     assert told(ValueError("a\nb")) == "ValueError: a b"
+
+
+@pytest.mark.ray
+def test_a_group_that_spans_two_raylets_gives_the_same_latents(tmp_path: Path, tiny_pack: Path, planned):
+    from models.generator import GeneratorRef
+    from stages.encode import EncodeText
+    from stages.sample import SampleLatents
+    from tests.stages.two_nodes import PLAN
+
+    folder = str(tiny_pack / "generator")
+    refs = (GeneratorRef(folder),)
+    batch = EncodeText(refs, PLAN, 2)(planned(2))
+    (tmp_path / "batch.pickle").write_bytes(pickle.dumps(batch))
+    command = [sys.executable, "-m", "tests.stages.two_nodes", str(tmp_path / "batch.pickle"), folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(set(json.loads(done.stdout.splitlines()[-1]))) == 2
+    alone = SampleLatents(refs, PLAN, 2)(batch)["latents"]
+    np.testing.assert_allclose(np.load(tmp_path / "batch.npy"), alone, rtol=0, atol=1e-5 * np.abs(alone).max())
