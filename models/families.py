@@ -166,7 +166,7 @@ FAMILIES: tuple[Family, ...] = (
         "tokenizer",
         patch=2,
         float32_vae=True,
-        layouts=("cfg", "ulysses", "ring", "tensor", "dualparal"),
+        layouts=("cfg", "ulysses", "ring", "tensor", "dualparal", "vae"),
     ),
     Family(
         "Wan image-to-video",

@@ -117,7 +117,12 @@ class Generator:
 
     def decode(self, latents: np.ndarray, height: int, width: int, num_frames: int) -> np.ndarray:
         """Pixels [n, num_frames, height, width, 3] uint8 RGB of latents [n, *latent_shape]."""
-        return decode(self._known, self._pipe("decode"), latents, height, width, num_frames)
+        pipe = self._pipe("decode")
+        if self.ref.parallel.vae > 1:
+            from models.parallel.tiles import split_tiles
+
+            split_tiles(pipe.vae)
+        return decode(self._known, pipe, latents, height, width, num_frames)
 
     def run_whole(
         self,

@@ -194,14 +194,7 @@ class Parallel(Section):
     ring: int = Field(1, ge=1, description="Ring degree.")
     tensor: int = Field(1, ge=1, description="Tensor-parallel degree.")
     dualparal: int = Field(1, ge=1, description="DualParal pipeline degree.")
-    vae: int = Field(1, ge=1, description="VAE-parallel degree.")
-
-    @model_validator(mode="after")
-    def _not_yet(self) -> Parallel:
-        found = {name: degree for name, degree in self if degree != 1 and name == "vae"}
-        if found:
-            raise ValueError(f"vae is not available in this version, found {found}; remove it")
-        return self
+    vae: int = Field(1, ge=1, description="Ranks that decode tiles: 1, or all of the group.")
 
 
 class Layout(Section):
@@ -217,6 +210,12 @@ class Layout(Section):
     )
     compile: bool = Field(False, description="torch.compile the denoiser, on an accelerator.")
     vae_tiling: bool = Field(False, description="Decode in tiles.")
+
+    @model_validator(mode="after")
+    def _tiles_are_shared(self) -> Layout:
+        if self.parallel.vae > 1 and not self.vae_tiling:
+            raise ValueError(f"parallel.vae: {self.parallel.vae} ranks share tiles, and vae_tiling is off; turn it on")
+        return self
 
 
 class Score(Section):

@@ -25,7 +25,7 @@ and that stages add:
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -39,10 +39,14 @@ class Stage(Protocol):
     what it raises is the whole batch's trouble, and its actor then finds the culprit.
     """
 
-    name: ClassVar[str]
-    reads: ClassVar[tuple[str, ...]]
-    adds: ClassVar[tuple[str, ...]]
-    skips_rejected: ClassVar[bool]
+    @property
+    def name(self) -> str: ...
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+    @property
+    def adds(self) -> tuple[str, ...]: ...
+    @property
+    def skips_rejected(self) -> bool: ...
 
     def load(self) -> None:
         """Load what the stage computes with, once for each process; calling it again costs nothing."""

@@ -1,6 +1,6 @@
-"""SampleLatents over several ranks: a sampler group, which acts as one actor of the graph.
+"""Stages over several ranks: a sampler group, which acts as one actor of the graph.
 
-The actor that holds this stage is rank 0. The other ranks are Ray actors in a placement group, which start with it and die
+The actor that holds these stages is rank 0. The other ranks are Ray actors in a placement group, which start with it and die
 with it: where a rank is lost the whole group goes down, Ray starts it anew and gives it the batch again.
 """
 
@@ -13,7 +13,7 @@ import threading
 import traceback
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group
@@ -21,8 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infra.errors import UserError
 from infra.telemetry import bound, log
-from stages.batch import Batch
-from stages.sample import SampleLatents
+from stages.batch import Batch, Stage
 
 START_SECONDS = 600.0
 """Until all ranks of a group have found each other and loaded."""
@@ -36,65 +35,83 @@ _COLLECTIVES = f"torch{os.sep}distributed{os.sep}"
 
 
 @dataclass(frozen=True)
-class SampleInGroup:
-    """SampleLatents by a group of `ranks`. `num_cpus` and `num_gpus` are what each rank but the first asks Ray for."""
+class InGroup:
+    """`stage` by a group of `ranks`. `num_cpus` and `num_gpus` are what each rank but the first asks Ray for."""
 
-    sample: SampleLatents
+    stage: Stage
     ranks: int
     num_cpus: float = 0.0
     num_gpus: float = 0.0
 
-    name: ClassVar[str] = SampleLatents.name
-    reads: ClassVar[tuple[str, ...]] = SampleLatents.reads
-    adds: ClassVar[tuple[str, ...]] = SampleLatents.adds
-    skips_rejected: ClassVar[bool] = SampleLatents.skips_rejected
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.stage.reads
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        return self.stage.adds
+
+    @property
+    def skips_rejected(self) -> bool:
+        return self.stage.skips_rejected
 
     def load(self) -> None:
-        _group(self)
+        self._group().load(self.stage)
 
     def __call__(self, batch: Batch) -> Batch:
-        return _group(self)(batch)
+        return self._group()(self.stage, batch)
+
+    def _group(self) -> SamplerGroup:
+        return _group(self.ranks, self.num_cpus, self.num_gpus)
 
 
 @cache
-def _group(stage: SampleInGroup) -> SamplerGroup:
+def _group(ranks: int, num_cpus: float, num_gpus: float) -> SamplerGroup:
     """The group of this process, which is its rank 0."""
-    return SamplerGroup(stage)
+    return SamplerGroup(ranks, num_cpus, num_gpus)
 
 
 class SamplerGroup:
     """Rank 0 and its peers."""
 
-    def __init__(self, stage: SampleInGroup) -> None:
+    def __init__(self, ranks: int, num_cpus: float, num_gpus: float) -> None:
         from torch.distributed import TCPStore
 
-        self.sample = stage.sample
         host = ray.util.get_node_ip_address()
         self.store = store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_seconds(START_SECONDS))
-        place = _reserve(stage)
+        place = _reserve(ranks, {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {}))
         self.peers = [
             _Peer.options(  # type: ignore[attr-defined]
-                num_cpus=stage.num_cpus,
-                num_gpus=stage.num_gpus,
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(place, at),
-            ).remote(stage.sample, at + 1, stage.ranks, host, store.port)
-            for at in range(stage.ranks - 1)
+            ).remote(at + 1)
+            for at in range(ranks - 1)
         ]
         living = [peer.live.remote() for peer in self.peers]
         threading.Thread(target=_end_together, args=(living,), name="peers", daemon=True).start()
-        loading = [peer.load.remote() for peer in self.peers]
-        join(0, stage.ranks, store)
-        self.sample.load()
-        ray.get(loading, timeout=START_SECONDS)
-        log().info("sampler group started", ranks=stage.ranks)
+        joining = [peer.join.remote(ranks, host, store.port) for peer in self.peers]
+        join(0, ranks, store)
+        ray.get(joining, timeout=START_SECONDS)
+        log().info("sampler group started", ranks=ranks)
 
-    def __call__(self, batch: Batch) -> Batch:
+    def load(self, stage: Stage) -> None:
+        """Load what `stage` needs on all ranks, at the same time."""
+        loading = [peer.load.remote(stage) for peer in self.peers]
+        stage.load()
+        ray.get(loading, timeout=START_SECONDS)
+
+    def __call__(self, stage: Stage, batch: Batch) -> Batch:
         """What rank 0 makes. An error that all ranks met alike is the batch's own; any other ends the group."""
         shared = ray.put(batch)
-        running = [peer.run.remote(shared) for peer in self.peers]
+        running = [peer.run.remote(stage, shared) for peer in self.peers]
         made, error = None, None
         try:
-            made = self.sample(batch)
+            made = stage(batch)
         except Exception as found:
             error = found
         _, late = ray.wait(running, num_returns=len(running), timeout=GRACE_SECONDS)
@@ -111,25 +128,27 @@ class SamplerGroup:
 class _Peer:
     """A rank but the first. It does what rank 0 does, and keeps what comes out to itself."""
 
-    def __init__(self, sample: SampleLatents, rank: int, ranks: int, host: str, port: int) -> None:
-        self.sample, self.rank, self.ranks, self.place = sample, rank, ranks, (host, port)
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
 
     def live(self) -> None:
         """Never returns: that it is lost tells rank 0 that this rank is."""
         threading.Event().wait()
 
-    def load(self) -> None:
+    def join(self, ranks: int, host: str, port: int) -> None:
         from torch.distributed import TCPStore
 
-        with bound(rank=self.rank):
-            join(self.rank, self.ranks, TCPStore(*self.place, is_master=False, timeout=_seconds(START_SECONDS)))
-            self.sample.load()
+        join(self.rank, ranks, TCPStore(host, port, is_master=False, timeout=_seconds(START_SECONDS)))
 
-    def run(self, batch: Batch) -> str:
+    def load(self, stage: Stage) -> None:
+        with bound(rank=self.rank):
+            stage.load()
+
+    def run(self, stage: Stage, batch: Batch) -> str:
         """What went wrong, "" for nothing."""
         with bound(rank=self.rank):
             try:
-                self.sample(batch)
+                stage(batch)
             except Exception as error:
                 return told(error)
         return ""
@@ -179,16 +198,15 @@ def reserved_by(actor_id: str) -> str:
     return f"sampler-group-{actor_id}"
 
 
-def _reserve(stage: SampleInGroup) -> PlacementGroup:
+def _reserve(ranks: int, share: dict[str, float]) -> PlacementGroup:
     """Room for all ranks at once, on one node if they fit. An actor that is started again finds what it had reserved."""
     name = reserved_by(ray.get_runtime_context().get_actor_id())
     with contextlib.suppress(ValueError):
         return get_placement_group(name)
-    share = {"CPU": stage.num_cpus} | ({"GPU": stage.num_gpus} if stage.num_gpus else {})
-    place = placement_group([dict(share) for _ in range(stage.ranks - 1)], strategy="PACK", name=name)
+    place = placement_group([dict(share) for _ in range(ranks - 1)], strategy="PACK", name=name)
     if not place.wait(START_SECONDS):
         raise UserError(
-            f"layout.parallel: the cluster has no room for {stage.ranks} ranks of {share}; use smaller degrees or more nodes"
+            f"layout.parallel: the cluster has no room for {ranks} ranks of {share}; use smaller degrees or more nodes"
         )
     return place
 

@@ -18,7 +18,7 @@ KEY = "layout.parallel"
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks share the work in each way. `vae` counts among the same ranks, the others multiply."""
+    """How many ranks share the work in each way. They multiply, but for `vae`: the same ranks decode."""
 
     cfg: int = 1
     """Branches of classifier-free guidance: 1 or 2."""
@@ -28,11 +28,12 @@ class Degrees:
     dualparal: int = 1
     """Stages of the DualParal pipeline."""
     vae: int = 1
+    """Ranks that decode tiles: one, or all of the group."""
 
     @property
     def size(self) -> int:
         """Ranks of a sampler group."""
-        return max(self.dualparal * self.cfg * self.ring * self.ulysses * self.tensor, self.vae)
+        return self.dualparal * self.cfg * self.ring * self.ulysses * self.tensor
 
     def check(self, *, heads: int, layers: int, guided: bool) -> None:
         """Raise a UserError that names the numbers where a denoiser of so many heads and layers does not fit."""
@@ -53,9 +54,10 @@ class Degrees:
             )
         if self.dualparal > layers:
             raise UserError(f"{KEY}.dualparal: {self.dualparal} stages for {layers} layers; use at most {layers}")
-        split = self.dualparal * self.cfg * self.ring * self.ulysses * self.tensor
-        if split % self.vae and self.vae % split:
-            raise UserError(f"{KEY}.vae: {self.vae} does not fit a group of {split} ranks; use a divisor of {split}")
+        if self.vae not in (1, self.size):
+            raise UserError(
+                f"{KEY}.vae: one rank decodes or all of the group do, found {self.vae} of {self.size}; use 1 or {self.size}"
+            )
 
 
 def check_layout(
@@ -74,7 +76,7 @@ def check_layout(
         if degree > 1 and (family is None or field.name not in family.layouts):
             name = family.name if family else "a pipeline that runs whole"
             raise UserError(f"{KEY}.{field.name}: {name} has no such layout, found {degree}; use 1")
-    if degrees.size == 1:
+    if degrees == Degrees():
         return
     for path in sorted(Path(folder).glob("transformer*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from stages.batch import Stage
 from stages.decode import DecodeLatents
 from stages.encode import EncodeText
-from stages.group import SampleInGroup
+from stages.group import InGroup
 from stages.sample import SampleLatents
 
 if TYPE_CHECKING:
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 def generating(run: Resolved) -> tuple[Stage, ...]:
     """Stages that use the generator."""
     layout = run.spec.layout
-    sample = SampleLatents(run.generators, run.plan, layout.batch_size, layout.threads)
-    ranks = run.generators[0].parallel.size
+    arguments = (run.generators, run.plan, layout.batch_size, layout.threads)
+    sample, decode = SampleLatents(*arguments), DecodeLatents(*arguments)
+    parallel = run.generators[0].parallel
     return (
-        EncodeText(run.generators, run.plan, layout.batch_size, layout.threads),
-        SampleInGroup(sample, ranks) if ranks > 1 else sample,
-        DecodeLatents(run.generators, run.plan, layout.batch_size, layout.threads),
+        EncodeText(*arguments),
+        InGroup(sample, parallel.size) if parallel.size > 1 else sample,
+        InGroup(decode, parallel.size) if parallel.vae > 1 else decode,
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from infra.errors import UserError
 from models.plan import SamplerPlan
 from pipelines.graph import Group, in_flight, place
-from stages.group import SampleInGroup
+from stages.group import InGroup
 from stages.sample import SampleLatents
 from stages.score import ScoreMedia
 
@@ -57,7 +57,7 @@ def test_in_flight_gives_each_actor_a_batch_in_hand_and_one_waiting() -> None:
 
 
 def test_place_counts_every_rank_of_a_group() -> None:
-    group = SampleInGroup(SampleLatents((), SamplerPlan(), 4), ranks=4)
+    group = InGroup(SampleLatents((), SamplerPlan(), 4), ranks=4)
     sample, judge = place((group,), JUDGING, cpus=2, gpus=0)
     assert sample.actors == 1 and sample.accelerators == 4
     assert sample.num_cpus * 4 + judge.num_cpus <= 2
@@ -67,7 +67,7 @@ def test_place_counts_every_rank_of_a_group() -> None:
 
 
 def test_place_keeps_ranks_on_gpus_of_their_own() -> None:
-    group = SampleInGroup(SampleLatents((), SamplerPlan(), 4), ranks=4)
+    group = InGroup(SampleLatents((), SamplerPlan(), 4), ranks=4)
     for gpus in (5, 7, 8, 16):
         groups = place((STAGE, group, STAGE), JUDGING, 64, gpus, split=True)
         assert sum(each.actors * each.ranks * each.num_gpus for each in groups) <= gpus

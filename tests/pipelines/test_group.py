@@ -29,12 +29,13 @@ def _run(
     parallel: dict[str, int],
     report: Any = lambda _: None,
     prompts: int = 10,
+    tiles: bool = False,
     **keys: Any,
 ) -> dict[str, np.ndarray]:
     spec = run.spec(
         root,
         {"inline": [f"thing {at}" for at in range(prompts)]},
-        layout={"batch_size": 2, "parallel": parallel},
+        layout={"batch_size": 2, "parallel": parallel, "vae_tiling": tiles},
         output={"uri": str(root), "commit_every": 0.1, "tensors": {"latents": "float32"}},
         **keys,
     )
@@ -60,7 +61,7 @@ def _peers() -> list[psutil.Process]:
 
 
 def test_a_group_makes_what_one_process_makes(tmp_path: Path, run: Runner, alone: dict[str, np.ndarray]) -> None:
-    made = _run(run, tmp_path / "data", {"cfg": 2})
+    made = _run(run, tmp_path / "data", {"cfg": 2, "vae": 2}, tiles=True)
     assert made.keys() == alone.keys() and len(made) == 10
     for name, latents in made.items():
         assert np.abs(latents - alone[name]).max() <= 1e-5 * np.abs(alone[name]).max()

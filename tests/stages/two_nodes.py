@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 from models.generator import GeneratorRef
 from models.parallel.degrees import Degrees
 from models.plan import SamplerPlan
-from stages.group import SampleInGroup
+from stages.group import InGroup
 from stages.sample import SampleLatents
 
 PLAN = SamplerPlan(num_inference_steps=2)
@@ -32,7 +32,7 @@ class Leader:
         from ray.util import placement_group_table
 
         sample = SampleLatents((GeneratorRef(folder, parallel=degrees),), PLAN, len(batch["prompt"]))
-        group = SampleInGroup(sample, degrees.size, num_cpus=1)
+        group = InGroup(sample, degrees.size, num_cpus=1)
         group.load()
         latents = group(batch)["latents"]
         (place,) = placement_group_table().values()

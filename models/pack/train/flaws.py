@@ -1,4 +1,5 @@
-"""Clips with flaws, for the judge to learn from: spoilt pixels, and latents of the trained VAE that are noised and blended.
+"""Clips with flaws, for the judge to learn from: spoilt pixels, latents of the trained VAE that are noised and blended, and
+what the denoiser leaves (`leftovers.py`).
 
     python -m models.pack.train.flaws [--clips 1500]     # folder/decoded/NNNN.npz, once the VAE is trained
 
@@ -19,6 +20,7 @@ import torch
 from models.pack.grammar import Scene, sample_scenes
 from models.pack.oracle import Reading
 from models.pack.phrases import describe, parse
+from models.pack.train.leftovers import Leftovers
 from models.pack.train.loop import arguments, set_up, stream
 from models.pack.train.questions import Seen, seen_as
 from models.pack.world import render
@@ -177,13 +179,14 @@ def main() -> None:
     device = set_up(options)
     vae = AutoencoderKLWan.from_pretrained(options.vae).to(device).eval()
     folder = Path(options.folder) / f"decoded-{options.split}"
+    left = Leftovers(Path(options.folder) / "leftovers") if options.split == "train" else None
     folder.mkdir(parents=True, exist_ok=True)
     ended = time.monotonic() + 60 * options.minutes
     for part in range(-(-options.clips // PART)):
         path = folder / f"{part:04d}.npz"
         if not path.exists():
             rng = stream(options.seed, 6_000_000 + (options.split == "held_out"), part)
-            made = decoded(vae, rng, PART, options.split, options.batch_size)
+            made = decoded(vae, rng, PART, options.split, options.batch_size, left)
             beside = path.with_suffix(".part.npz")
             np.savez(beside, allow_pickle=False, **made)
             beside.rename(path)
@@ -193,21 +196,28 @@ def main() -> None:
 
 
 @torch.no_grad()
-def decoded(vae: Any, rng: np.random.Generator, count: int, split: Any, batch_size: int = 8) -> dict[str, np.ndarray]:
-    """Clips out of the VAE, half of them with damaged latents: `frames` and, by the oracle, what each shows."""
+def decoded(
+    vae: Any, rng: np.random.Generator, count: int, split: Any, batch_size: int = 8, left: Leftovers | None = None
+) -> dict[str, np.ndarray]:
+    """Clips out of the VAE, `frames` and, by the oracle, what each shows: every other batch of what the denoiser `left`, if
+    there is any; of the others, half with damaged latents."""
     from models.pack.train.vae import encode, to_frames
 
     device = next(vae.parameters()).device
     frames: list[np.ndarray] = []
     scenes: list[Scene] = []
-    for _ in range(-(-count // batch_size)):
-        some = sample_scenes(rng, batch_size, split=split)
-        clips = render(some, [int(seed) for seed in rng.integers(1 << 62, size=batch_size)])
-        latents = encode(vae, clips)
-        spoilt = torch.stack(
-            [damaged(one, latents[at - 1], rng) if rng.random() < 0.5 else one for at, one in enumerate(latents)]
-        )
-        frames.extend(to_frames(vae.decode(spoilt.to(device)).sample))
+    for number in range(-(-count // batch_size)):
+        if left is not None and left.seeds and number % 2:
+            chosen = rng.integers(len(left.seeds), size=batch_size)
+            some = [left.scenes[at] for at in chosen]
+            latents = torch.from_numpy(left.left[chosen].astype(np.float32))
+        else:
+            some = sample_scenes(rng, batch_size, split=split)
+            clean = encode(vae, render(some, [int(seed) for seed in rng.integers(1 << 62, size=batch_size)]))
+            latents = torch.stack(
+                [damaged(one, clean[at - 1], rng) if rng.random() < 0.5 else one for at, one in enumerate(clean)]
+            )
+        frames.extend(to_frames(vae.decode(latents.to(device)).sample))
         scenes += some
     return packed(np.stack(frames[:count]), scenes[:count])
 

@@ -97,7 +97,7 @@ def test_a_checkpoint_is_asked_for_its_heads(tiny_checkpoint: Callable[[str], st
         (Degrees(tensor=3), "4 heads cannot be shared by 3 ranks"),
         (Degrees(ulysses=8), "8 ranks for 4 heads"),
         (Degrees(dualparal=9), "9 stages for 6 layers"),
-        (Degrees(ulysses=4, vae=3), "3 does not fit a group of 4"),
+        (Degrees(ulysses=4, vae=3), "one rank decodes or all of the group do, found 3 of 4; use 1 or 4"),
     ],
 )
 def test_degrees_that_do_not_fit_name_the_numbers(degrees: Degrees, said: str) -> None:
