@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -255,8 +255,8 @@ class Generator:
         """The same by DualParal. Of several stages only the first has latents; the others return zeros."""
         import torch
 
-        from models.parallel.dualparal import Blocks, DualParal
-        from models.parallel.layout import Layout
+        from models.parallel.dualparal import Blocks, DualParal, Video
+        from models.parallel.layout import Layout, denoisers_of
 
         assert plan.blocks is not None
         pipe, layout = self._pipe("sample"), self._layout or Layout()
@@ -264,16 +264,23 @@ class Generator:
         blocks = Blocks.covering(noise.shape[2], *plan.blocks)
         first = torch.from_numpy(np.ascontiguousarray(noise[:, :, : blocks.size(0)])).to(device)
         embeds = {name: _argument(value, pipe.transformer.dtype, device) for name, value in conditions.items()}
-        text = (embeds["prompt_embeds"], embeds.get("negative_prompt_embeds", embeds["prompt_embeds"]))
+        texts = (embeds["prompt_embeds"], embeds.get("negative_prompt_embeds", embeds["prompt_embeds"]))
+        # One after the other through the queue, not beside each other: it fills and drains once for all of them.
+        videos = [
+            Video(first[at : at + 1], partial(_texts_of, texts, at), [_step_noise(row)]) for at, row in enumerate(noise)
+        ]
 
         def scheduler() -> Any:
             pipe.scheduler = self._scheduler(plan)
             pipe.scheduler.set_timesteps(steps, device=device)
             return pipe.scheduler
 
+        experts = denoisers_of(pipe)
+        trained = scheduler().config.num_train_timesteps
         sampler = DualParal(
-            pipe.transformer,
+            experts,
             scheduler,
+            boundary=pipe.config.boundary_ratio * trained if len(experts) > 1 else None,
             steps=steps,
             guidance_scale=plan.guidance_scale,
             stages=layout.stages,
@@ -282,9 +289,9 @@ class Generator:
         )
         latents = np.zeros(noise.shape, dtype=np.float32)
         try:
-            for block, made in sampler.sample(first, blocks, lambda _: text, [_step_noise(row) for row in noise]):
+            for at, block, made in sampler.sample(videos, blocks):
                 start = block * blocks.frames + (blocks.context if block else 0)
-                latents[:, :, start : start + made.shape[2]] = made.float().cpu().numpy()
+                latents[at, :, start : start + made.shape[2]] = made[0].float().cpu().numpy()
         finally:
             sampler.close()
         self._remember(plan, shape)
@@ -297,6 +304,11 @@ class Generator:
             for name in ("sigmas", "timesteps")
             if getattr(scheduler, name, None) is not None
         }
+
+
+def _texts_of(texts: tuple[torch.Tensor, torch.Tensor], at: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sample's embeddings, the same for each block."""
+    return texts[0][at : at + 1], texts[1][at : at + 1]
 
 
 def block_error(temporal: int, num_frames: int, frames: int, context: int) -> str | None:

@@ -88,8 +88,6 @@ def _check_blocks(folder: str, family: Family | None, degrees: Degrees) -> None:
         raise UserError(
             f"sampler.dualparal: {family.name if family else 'a pipeline that runs whole'} is not sampled in blocks"
         )
-    if len(list(Path(folder).glob("transformer*/config.json"))) > 1:
-        raise UserError("sampler.dualparal: checkpoints with two denoisers are not sampled in blocks yet; remove it")
     index = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
     if index.get("expand_timesteps"):
         raise UserError(

@@ -73,6 +73,19 @@ def noise_of(first: Tensor, blocks: Blocks, generators: Sequence[torch.Generator
         yield pool[:, :, blocks.context :]
 
 
+@dataclass(frozen=True)
+class Video:
+    """What a video is made of. Videos of one queue are alike in shape.
+
+    first: noise, [b, c, frames + context, h, w]. text: embeddings for a block, conditional and unconditional, each
+    [b, tokens, width]. generators: of the permutations of noise, one a sample.
+    """
+
+    first: Tensor
+    text: Callable[[int], tuple[Tensor, Tensor]]
+    generators: Sequence[torch.Generator]
+
+
 @dataclass
 class _Block:
     latents: Tensor
@@ -83,7 +96,8 @@ class DualParal:
     """The sampler of one rank. Every rank of `stages` (and of the other groups) runs the same tasks in the same order.
 
     Args:
-        transformer: Wan's denoiser; this rank computes some of its layers.
+        transformers: Wan's denoiser, or its two experts; this rank computes some layers of each.
+        boundary: the timestep from which on, downwards, the second expert denoises.
         scheduler: makes a fresh scheduler whose timesteps are set: multistep ones remember, so each block has its own.
         steps: how many timesteps.
         guidance_scale: 1 for none.
@@ -94,10 +108,11 @@ class DualParal:
 
     def __init__(
         self,
-        transformer: Any,
+        transformers: Sequence[Any],
         scheduler: Callable[[], Any],
         *,
         steps: int,
+        boundary: float | None = None,
         guidance_scale: float = 1.0,
         stages: dist.ProcessGroup | None = None,
         branches: dist.ProcessGroup | None = None,
@@ -106,66 +121,68 @@ class DualParal:
         self.scheduler, self.steps, self.guidance_scale = scheduler, steps, guidance_scale
         self.stages, self.branches = stages, branches
         self.count, self.at = size_of(stages), rank_in(stages)
-        layers = stage_layers(len(transformer.blocks), self.count)[self.at]
-        self.stage = Stage(transformer, layers, split or Split())
-        self.dtype = transformer.dtype
+        self.boundary = boundary
+        self.experts = [
+            Stage(transformer, stage_layers(len(transformer.blocks), self.count)[self.at], split or Split())
+            for transformer in transformers
+        ]
+        self.dtype = transformers[0].dtype
         self._sending: deque[tuple[Any, Tensor]] = deque()
 
     @torch.no_grad()
-    def sample(
-        self,
-        first: Tensor,
-        blocks: Blocks,
-        text: Callable[[int], tuple[Tensor, Tensor]],
-        generators: Sequence[torch.Generator],
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Each block's latents, [b, c, frames, h, w] float32, as soon as they are done; on the first stage only.
-
-        Args:
-            first: noise, [b, c, frames + context, h, w].
-            text: embeddings of a block, conditional and unconditional, each [b, tokens, width].
-            generators: of the permutations of noise, one a sample.
-        """
-        noise = noise_of(first, blocks, generators)
+    def sample(self, videos: Sequence[Video], blocks: Blocks) -> Iterator[tuple[int, int, Tensor]]:
+        """Which video, which block, and its latents, [b, c, frames, h, w] float32, as soon as they are done; on the first
+        stage only."""
+        noises = [noise_of(video.first, blocks, video.generators) for video in videos]
         live: dict[int, _Block] = {}
         waiting: deque[Task] = deque()
         done: set[Task] = set()
         timesteps = self.scheduler().timesteps
+        experts = [int(self.boundary is not None and timestep < self.boundary) for timestep in timesteps]
         previous: Task | None = None
-        for task in tasks(blocks.count, self.steps):
+        for task in tasks(len(videos) * blocks.count, self.steps):
+            video, at = divmod(task.block, blocks.count)
             if self.at == 0:
-                while not done.issuperset(needs(task)):
-                    yield from self._collect(waiting.popleft(), live, done, blocks, first)
+                while not done.issuperset(needs(task, blocks.count)):
+                    yield from self._collect(waiting.popleft(), live, done, blocks, videos)
                 if task.step == 0:
-                    live[task.block] = _Block(next(noise).float(), self.scheduler())
-            out = self._advance(task, previous, live, blocks, first, timesteps[task.step], text)
+                    live[task.block] = _Block(next(noises[video]).float(), self.scheduler())
+            follows = previous == Task(task.block + 1, task.step - 1) and at + 1 < blocks.count
+            expert = experts[task.step]
+            warm = follows and experts[task.step - 1] == expert
+            out = self._advance(task, self.experts[expert], warm, live, blocks, videos[video], timesteps[task.step])
             previous = task
             if self.at == 0:
                 waiting.append(task)
                 if self.count == 1:
                     self._result = out
-                    yield from self._collect(waiting.popleft(), live, done, blocks, first)
+                    yield from self._collect(waiting.popleft(), live, done, blocks, videos)
         while waiting:
-            yield from self._collect(waiting.popleft(), live, done, blocks, first)
+            yield from self._collect(waiting.popleft(), live, done, blocks, videos)
         while self._sending:
             self._sending.popleft()[0].wait()
 
     def close(self) -> None:
-        """Give the denoiser back its own attention."""
-        self.stage.close()
+        """Give the denoisers back their own attention."""
+        for expert in self.experts:
+            expert.close()
 
     def _advance(
         self,
         task: Task,
-        previous: Task | None,
+        stage: Stage,
+        warm: bool,
         live: dict[int, _Block],
         blocks: Blocks,
-        first: Tensor,
+        video: Video,
         timestep: Tensor,
-        text: Callable[[int], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """One task through this stage; what it makes goes to the next one, the last one's velocity back to the first."""
-        stage, both = self.stage, self.guidance_scale > 1 and self.branches is None
+        """One task through this stage; what it makes goes to the next one, the last one's velocity back to the first.
+
+        `warm`: the task before left keys and values of the next block in the same expert.
+        """
+        first, both = video.first, self.guidance_scale > 1 and self.branches is None
+        at = task.block % blocks.count
         copies = 2 if both else 1
         shape = (copies * len(first), first.shape[1], blocks.frames + blocks.context, *first.shape[3:])
         if self.at == 0:
@@ -174,12 +191,11 @@ class DualParal:
             given = torch.empty(stage.hidden_shape(shape), dtype=self.dtype, device=first.device)
             dist.recv(given, self._rank(self.at - 1), group=self.stages)
         window, size = stage.window, first.shape[3] * first.shape[4] // _patch(stage.transformer)
-        start = 0 if task.block == 0 else blocks.context
+        start = blocks.context if at else 0
         window.tokens = (blocks.frames + blocks.context) * size
         window.kept = (start * size, (start + blocks.context) * size)
-        follows = previous == Task(task.block + 1, task.step - 1)
-        window.future, window.fresh = (window.fresh if follows else {}), {}
-        conditional, unconditional = text(task.block)
+        window.future, window.fresh = (window.fresh if warm else {}), {}
+        conditional, unconditional = video.text(at)
         if both:
             embeds = torch.cat([conditional, unconditional])
         else:
@@ -196,7 +212,7 @@ class DualParal:
 
     def _window(self, task: Task, live: dict[int, _Block], blocks: Blocks) -> Tensor:
         own = live[task.block].latents
-        if task.block == 0:
+        if task.block % blocks.count == 0:
             return own
         before = live[task.block - 1].latents
         return torch.cat([before[:, :, before.shape[2] - blocks.context :], own], dim=2)
@@ -213,13 +229,14 @@ class DualParal:
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
     def _collect(
-        self, task: Task, live: dict[int, _Block], done: set[Task], blocks: Blocks, first: Tensor
-    ) -> Iterator[tuple[int, Tensor]]:
+        self, task: Task, live: dict[int, _Block], done: set[Task], blocks: Blocks, videos: Sequence[Video]
+    ) -> Iterator[tuple[int, int, Tensor]]:
         """Step a block with its velocity. A block that is done is given out and stays as the next one's context."""
         if self.count == 1:
             velocity = self._result
         else:
-            shape = (*first.shape[:2], blocks.size(task.block), *first.shape[3:])
+            first = videos[0].first
+            shape = (*first.shape[:2], blocks.size(task.block % blocks.count), *first.shape[3:])
             velocity = torch.empty(shape, device=first.device)
             dist.recv(velocity, self._rank(self.count - 1), group=self.stages)
         block = live[task.block]
@@ -229,7 +246,7 @@ class DualParal:
         done.discard(Task(task.block, task.step - 2))
         if task.step == self.steps - 1:
             live.pop(task.block - 1, None)
-            yield task.block, block.latents
+            yield *divmod(task.block, blocks.count), block.latents
 
     def _rank(self, stage: int) -> int:
         assert self.stages is not None

@@ -14,6 +14,7 @@ from models.parallel.tensor import split_tensors
 from models.parallel.wan import split_sequence
 
 _DENOISERS = ("transformer", "transformer_2")
+"""Names of Wan's denoiser, or of its two experts."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Layout:
             yield
             return
         branches = (arguments["prompt_embeds"], arguments["negative_prompt_embeds"])
-        denoisers = _denoisers(pipe)
+        denoisers = denoisers_of(pipe)
         try:
             for denoiser in denoisers:
                 denoiser.forward = GuidanceParallel(denoiser.forward, branches, self.branches)
@@ -51,7 +52,7 @@ def lay_out(pipe: Any, degrees: Degrees, *, in_blocks: bool = False, device: str
     """
     mesh = build_mesh(degrees, device)
     split = Split(ring=mesh["ring"].get_group(), ulysses=mesh["ulysses"].get_group())
-    for denoiser in _denoisers(pipe):
+    for denoiser in denoisers_of(pipe):
         if degrees.tensor > 1:
             split_tensors(denoiser, mesh["tensor"])
         if split.parts > 1 and not in_blocks:
@@ -63,5 +64,5 @@ def lay_out(pipe: Any, degrees: Degrees, *, in_blocks: bool = False, device: str
     )
 
 
-def _denoisers(pipe: Any) -> list[Any]:
+def denoisers_of(pipe: Any) -> list[Any]:
     return [denoiser for name in _DENOISERS if (denoiser := getattr(pipe, name, None)) is not None]

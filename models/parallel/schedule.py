@@ -2,8 +2,8 @@
 
 Blocks enter a queue one an iteration, and every block in the queue is denoised by one step an iteration, the newest first. So
 in iteration n block k takes step n - k, and its past context, block k - 1, is one step cleaner. The order is deterministic: a
-block waits for what the iteration before made of itself and of the block before it. This module knows neither tensors nor
-ranks.
+block waits for what the iteration before made of itself and of the block before it. Videos follow each other in one queue, so
+that it fills and drains once; a video's first block waits for no other. This module knows neither tensors nor ranks.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ def tasks(blocks: int, steps: int) -> Iterator[Task]:
             yield Task(block, iteration - block)
 
 
-def needs(task: Task) -> tuple[Task, ...]:
-    """The tasks whose results a task begins with, all of the iteration before: its own last step, and that of its context."""
+def needs(task: Task, length: int) -> tuple[Task, ...]:
+    """The tasks whose results a task begins with, all of the iteration before: its own last step, and that of its context.
+
+    `length`: blocks of each video.
+    """
     block, step = task
-    return ((Task(block, step - 1),) if step else ()) + ((Task(block - 1, step),) if block else ())
+    return ((Task(block, step - 1),) if step else ()) + ((Task(block - 1, step),) if block % length else ())
 
 
-def slots(blocks: int, steps: int, stages: int) -> dict[Task, int]:
+def slots(blocks: int, steps: int, stages: int, length: int | None = None) -> dict[Task, int]:
     """The slot in which each task enters stage 0; it is at stage p in the p-th slot after. A slot is one block through one
     stage. The makespan is max(slots) + stages = blocks * steps + stages^2 - 1 where stages < min(blocks, steps)."""
     found: dict[Task, int] = {}
     slot = -1
     for task in tasks(blocks, steps):
-        slot = max([slot + 1, *(found[need] + stages for need in needs(task))])
+        slot = max([slot + 1, *(found[need] + stages for need in needs(task, length or blocks))])
         found[task] = slot
     return found
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from models.parallel.attention import Split
 from models.parallel.degrees import Degrees, build_mesh
-from models.parallel.dualparal import Blocks, DualParal
+from models.parallel.dualparal import Blocks, DualParal, Video
 from models.parallel.schedule import makespan
 from models.parallel.wan import Stage
 from tests.bench.support.denoisers import CHANNELS, CONFIGS, build_denoiser, build_inputs
@@ -191,14 +191,13 @@ def run(count: int, options: argparse.Namespace, blocks: Blocks) -> dict[str, An
     given = build_inputs(options.size, blocks.frames + blocks.context, options.side)
     text = (given["conditional"], given["unconditional"])
     stages = build_mesh(Degrees(dualparal=count))["dualparal"].get_group() if count > 1 else None
-    sampler = DualParal(transformer, scheduler, steps=options.steps, guidance_scale=1.0, stages=stages)
+    sampler = DualParal([transformer], scheduler, steps=options.steps, guidance_scale=1.0, stages=stages)
     dist.barrier()
     started, used = time.monotonic(), time.process_time()
     total = 0
+    video = Video(given["latents"], lambda block: text, [torch.Generator().manual_seed(0)])
     with Traffic(count) as traffic:
-        for _, latents in sampler.sample(
-            given["latents"], blocks, lambda block: text, [torch.Generator().manual_seed(0)]
-        ):
+        for _, _, latents in sampler.sample([video], blocks):
             total += int((latents.double() * 2**20).round().sum())
     dist.barrier()
     return {

@@ -49,7 +49,10 @@ def mistake(data: dict[str, Any], *overrides: str) -> str:
         ({"sampler": None}, "sampler: expected keys and values, found nothing (leave the key out instead)"),
         ({"caption": {"styles": ["long"]}}, "caption.styles.0: expected 'short' or 'dense', found 'long'"),
         ({"budget": {"deadline": "soon"}}, "budget.deadline: expected an ISO 8601 time, or a duration such as 90m"),
-        ({"layout": {"parallel": {"vae": 2}}}, "layout: parallel.vae: 2 ranks share tiles, and vae_tiling is off; turn it on"),
+        (
+            {"layout": {"parallel": {"vae": 2}}},
+            "layout: parallel.vae: 2 ranks share tiles, and vae_tiling is off; turn it on",
+        ),
         ({"sampler": {"dualparal": {"frames": 2, "context": 3}}}, "sampler.dualparal: context is at most frames"),
         ({"guards": {"a": 1}}, "guards: not available in this version; remove it"),
         ({"generators": [{"remote_code": "a/b"}]}, "generators.0: remote_code needs a revision"),

@@ -60,7 +60,7 @@ def dualparal(blocks: int, steps: int, stages: int, layers: int, costs: Costs, l
     free = [0.0] * stages
     done: dict[object, float] = {}
     for task in tasks(blocks, steps):
-        arrived = max([0.0, *(done[need] for need in needs(task))])
+        arrived = max([0.0, *(done[need] for need in needs(task, blocks))])
         for stage in range(stages):
             free[stage] = max(free[stage], arrived) + work[stage]
             size = costs.hidden if stage + 1 < stages else costs.velocity

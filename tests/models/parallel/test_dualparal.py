@@ -10,7 +10,7 @@ import torch
 
 from models.parallel.attention import Split
 from models.parallel.degrees import Degrees, build_mesh
-from models.parallel.dualparal import Blocks, DualParal, noise_of
+from models.parallel.dualparal import Blocks, DualParal, Video, noise_of
 from tests.models.parallel.ranks import on_ranks
 from tests.models.parallel.test_sequence import tiny_wan
 
@@ -31,11 +31,29 @@ def _text(block: int) -> tuple[torch.Tensor, torch.Tensor]:
     return embeds[0], embeds[1]
 
 
-def _noise(blocks: Blocks) -> torch.Tensor:
-    return torch.randn(2, 4, blocks.frames + blocks.context, 4, 6, generator=torch.Generator().manual_seed(3))
+def _noise(blocks: Blocks, seed: int = 3) -> torch.Tensor:
+    return torch.randn(2, 4, blocks.frames + blocks.context, 4, 6, generator=torch.Generator().manual_seed(seed))
 
 
-def _sample(degrees: Degrees, blocks: Blocks, guidance_scale: float = 4.0) -> list[torch.Tensor]:
+def _experts(count: int) -> list[Any]:
+    """Denoisers of the same form with other weights."""
+    experts = [tiny_wan(layers=4) for _ in range(count)]
+    for weight in experts[-1].parameters():
+        weight.data *= 1.0 if count == 1 else 1.1
+    return experts
+
+
+BOUNDARY = 900.0
+"""Between the first and the second of three timesteps with a shift of 3."""
+
+
+def _sample(
+    degrees: Degrees,
+    blocks: Blocks,
+    guidance_scale: float = 4.0,
+    experts: int = 1,
+    seeds: tuple[int, ...] = (3,),
+) -> list[torch.Tensor]:
     groups: dict[str, Any] = {}
     if degrees.size > 1:
         mesh = build_mesh(degrees)
@@ -44,10 +62,17 @@ def _sample(degrees: Degrees, blocks: Blocks, guidance_scale: float = 4.0) -> li
             "branches": mesh["cfg"].get_group() if degrees.cfg > 1 else None,
             "split": Split(ulysses=mesh["ulysses"].get_group()),
         }
-    transformer = tiny_wan(layers=4)
-    sampler = DualParal(transformer, _scheduler, steps=STEPS, guidance_scale=guidance_scale, **groups)
-    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
-    return [latents for _, latents in sampler.sample(_noise(blocks), blocks, _text, generators)]
+    boundary = BOUNDARY if experts > 1 else None
+    sampler = DualParal(
+        _experts(experts), _scheduler, steps=STEPS, boundary=boundary, guidance_scale=guidance_scale, **groups
+    )
+    videos = [
+        Video(_noise(blocks, seed), _text, [torch.Generator().manual_seed(seed + at) for at in (2, 3)])
+        for seed in seeds
+    ]
+    made = list(sampler.sample(videos, blocks))
+    assert not made or [place[:2] for place in made] == [(v, b) for v in range(len(seeds)) for b in range(blocks.count)]
+    return [latents for _, _, latents in made]
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +95,31 @@ def test_it_composes_with_guidance_parallel_and_ulysses(degrees: Degrees, alone:
     assert (found[0] - alone).abs().max() <= 1e-5 * alone.abs().max()
 
 
-def test_one_block_that_covers_the_video_is_the_plain_sampler():
+@pytest.mark.parametrize("stages", [1, 2])
+def test_videos_in_one_queue_are_what_each_is_alone(stages: int, alone: torch.Tensor):
+    arguments = (Degrees(dualparal=stages), BLOCKS, 4.0, 1, (3, 11))
+    made = on_ranks(stages, _sample, *arguments)[0] if stages > 1 else _sample(*arguments)
+    first, second = torch.cat(made[: BLOCKS.count], dim=2), torch.cat(made[BLOCKS.count :], dim=2)
+    assert torch.equal(first, alone)
+    assert torch.equal(second, torch.cat(_sample(Degrees(), BLOCKS, seeds=(11,)), dim=2))
+
+
+def test_two_experts_give_the_same_bits_for_any_number_of_stages(alone: torch.Tensor):
+    made = torch.cat(_sample(Degrees(), BLOCKS, experts=2), dim=2)
+    assert (made - alone).abs().max() > 1e-2 * alone.abs().max()
+    assert torch.equal(torch.cat(on_ranks(2, _sample, Degrees(dualparal=2), BLOCKS, 4.0, 2)[0], dim=2), made)
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_one_block_that_covers_the_video_is_the_plain_sampler(experts: int):
     blocks = Blocks(count=1, frames=4, context=1)
-    made = torch.cat(_sample(Degrees(), blocks), dim=2)
-    transformer = tiny_wan(layers=4)
+    made = torch.cat(_sample(Degrees(), blocks, experts=experts), dim=2)
+    models = _experts(experts)
     scheduler, latents = _scheduler(), _noise(blocks)
+    assert scheduler.timesteps[0] > BOUNDARY > scheduler.timesteps[1]
     with torch.no_grad():
         for timestep in scheduler.timesteps:
+            transformer = models[0] if timestep >= BOUNDARY else models[-1]
             both = [
                 transformer(latents, timestep.expand(2), embeds, return_dict=False)[0].float() for embeds in _text(0)
             ]

@@ -19,7 +19,15 @@ def test_every_task_runs_once_and_not_before_what_it_needs(blocks: int, steps: i
     when = slots(blocks, steps, stages)
     assert list(when) == order and len(set(when.values())) == len(order)
     for task in order:
-        assert all(when[task] >= when[need] + stages for need in needs(task))
+        assert all(when[task] >= when[need] + stages for need in needs(task, blocks))
+
+
+def test_videos_in_one_queue_fill_and_drain_it_once():
+    length, steps, stages = 8, 6, 4
+    apart, together = makespan(length, steps, stages), max(slots(3 * length, steps, stages, length).values()) + stages
+    assert together == 3 * length * steps + stages**2 - 1 < 3 * apart
+    assert needs(Task(length, 2), length) == (Task(length, 1),)  # the second video's first block has no context
+    assert needs(Task(length + 1, 2), length) == (Task(length + 1, 1), Task(length, 2))
 
 
 def test_the_newest_block_goes_first_and_its_context_is_one_step_cleaner():
