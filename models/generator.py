@@ -17,7 +17,8 @@ from infra.errors import UserError
 from models.conditions import encode_texts, text_length
 from models.decoding import SCALING, decode, scaling_of
 from models.families import GUIDANCE, Family, family_of
-from models.loading import GeneratorRef, Part, denoiser_of, load_pipeline, read_index
+from models.loading import GeneratorRef, Part, denoiser_of, load_pipeline, loaded_by_ranks, read_index
+from models.placement import device_of, dtype_of
 from models.plan import SamplerPlan
 from models.schedulers import build_scheduler
 
@@ -194,7 +195,12 @@ class Generator:
         if self.family is None or self.ref.adapters or (part == "decode" and "sample" in self._pipes):
             part = "sample"
         if part not in self._pipes:
-            self._pipes[part] = load_pipeline(self.ref, self.family, part)
+            self._pipes[part] = pipe = load_pipeline(self.ref, self.family, part)
+            if part == "sample" and (folders := loaded_by_ranks(self.ref)):
+                from models.parallel.layout import load_parts
+
+                device = device_of(self.ref.device)
+                load_parts(pipe, folders, self.ref.parallel, device, dtype_of(self.ref.dtype, device))
             self._schedulers[part] = getattr(self._pipes[part], "scheduler", None)
         return self._pipes[part]
 

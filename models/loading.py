@@ -94,7 +94,19 @@ def _left_out(ref: GeneratorRef, components: dict[str, Any], part: Part) -> list
     no_t5 = "text_encoder_3" in components and components["text_encoder_3"][0] is None
     if part == "encode" and no_t5:  # Stable Diffusion 3 then asks its denoiser how wide the zeros should be
         return []
-    return [name for name in _WITHOUT[part] if name in components]
+    return [name for name in (*_WITHOUT[part], *loaded_by_ranks(ref)) if name in components]
+
+
+def loaded_by_ranks(ref: GeneratorRef) -> dict[str, Path]:
+    """Folders of the denoisers of which each rank of tensor parallel loads its own part, by name.
+
+    With an adapter, which changes whole weights, each loads them whole; so does a process that is no rank.
+    """
+    from torch.distributed import is_initialized
+
+    if ref.parallel.tensor == 1 or ref.adapters or not is_initialized():
+        return {}
+    return {path.parent.name: path.parent for path in sorted(Path(ref.path).glob("transformer*/config.json"))}
 
 
 def denoiser_of(pipe: Any) -> Any:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from models.parallel.attention import Split
 from models.parallel.degrees import Degrees, build_mesh
 from models.parallel.guidance import GuidanceParallel
-from models.parallel.tensor import split_tensors
+from models.parallel.tensor import is_split, load_split, split_tensors
 from models.parallel.wan import split_sequence
+
+if TYPE_CHECKING:
+    import torch
 
 _DENOISERS = ("transformer", "transformer_2")
 """Names of Wan's denoiser, or of its two experts."""
@@ -48,12 +52,12 @@ class Layout:
 def lay_out(pipe: Any, degrees: Degrees, *, in_blocks: bool = False, device: str = "cpu") -> Layout:
     """Cut the denoisers of `pipe` for this rank. Each rank of the default process group calls it with the same arguments.
 
-    `in_blocks`: DualParal samples, which cuts layers and sequence itself.
+    `in_blocks`: DualParal samples, which cuts layers and sequence itself. What `load_parts` loaded is cut already.
     """
     mesh = build_mesh(degrees, device)
     split = Split(ring=mesh["ring"].get_group(), ulysses=mesh["ulysses"].get_group())
     for denoiser in denoisers_of(pipe):
-        if degrees.tensor > 1:
+        if degrees.tensor > 1 and not is_split(denoiser):
             split_tensors(denoiser, mesh["tensor"])
         if split.parts > 1 and not in_blocks:
             split_sequence(denoiser, split)
@@ -62,6 +66,13 @@ def lay_out(pipe: Any, degrees: Degrees, *, in_blocks: bool = False, device: str
         stages=mesh["dualparal"].get_group() if degrees.dualparal > 1 else None,
         split=split,
     )
+
+
+def load_parts(pipe: Any, folders: Mapping[str, Path], degrees: Degrees, device: str, dtype: torch.dtype) -> None:
+    """Give `pipe` the denoisers in `folders`, by name, of which this rank loads its own part of tensor parallel alone."""
+    mesh = build_mesh(degrees, device)["tensor"]
+    for name, folder in folders.items():
+        setattr(pipe, name, load_split(folder, mesh, dtype).to(device))
 
 
 def denoisers_of(pipe: Any) -> list[Any]:

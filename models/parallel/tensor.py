@@ -49,8 +49,15 @@ def split_tensors(transformer: Any, mesh: DeviceMesh) -> None:
         parallelize_module(block, mesh, plan)
 
 
+def is_split(transformer: Any) -> bool:
+    return any(isinstance(module, DistributedRMSNorm) for module in transformer.modules())
+
+
 def load_split(folder: Path, mesh: DeviceMesh, dtype: torch.dtype) -> Any:
-    """Wan's denoiser from `folder`, of which this rank reads and holds its own part alone."""
+    """Wan's denoiser from `folder`, of which this rank reads and holds its own part alone.
+
+    In `dtype`, but for what `from_pretrained` keeps in float32 too.
+    """
     from accelerate import init_empty_weights
     from diffusers import WanTransformer3DModel
     from safetensors import safe_open
@@ -61,22 +68,24 @@ def load_split(folder: Path, mesh: DeviceMesh, dtype: torch.dtype) -> Any:
         transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder))
     split_tensors(transformer, mesh)
     count, rank = mesh.size(), mesh.get_local_rank()
+    exact = set(transformer._keep_in_fp32_modules or ())
     files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
     where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
     for path, module in transformer.named_modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             full = f"{path}.{name}" if path else name
             whole = where[full].get_slice(full)
+            kept = torch.float32 if exact.intersection(full.split(".")) else dtype
             if isinstance(weight, DTensor):
                 shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
                 cut = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
                 part = DTensor.from_local(
-                    whole[cut].to(dtype), mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+                    whole[cut].to(kept), mesh, weight.placements, shape=weight.shape, stride=weight.stride()
                 )
             elif isinstance(module, DistributedRMSNorm):
                 share = module.channels // count
-                part = whole[rank * share : (rank + 1) * share].to(dtype)
+                part = whole[rank * share : (rank + 1) * share].to(kept)
             else:
-                part = whole[:].to(dtype)
+                part = whole[:].to(kept)
             setattr(module, name, nn.Parameter(part, requires_grad=False))
     return transformer.eval()

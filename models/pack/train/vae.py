@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.pack.grammar import sample_scenes
+from models.pack.grammar import Kind, sample_scenes
 from models.pack.oracle import match, read
 from models.pack.train.code import CELL, CHANNELS, GROUND, NUMBERS, coded
 from models.pack.train.leftovers import Leftovers
@@ -45,6 +45,8 @@ CONFIG: dict[str, Any] = {
 EDGES = 0.5
 LOGVAR = -8.0
 """Of the posterior, the same everywhere: the code is drawn without it."""
+SEEN: tuple[Kind, ...] = ("one", "two", "cut", "cut")
+"""Kinds of the clips that are encoded: what a cut ends is all that an encoder must forget."""
 WINDOW = 4
 """Cells along a window's side."""
 WHOLE = 4
@@ -74,9 +76,8 @@ def main() -> None:
     def make(step: int) -> tuple[np.ndarray, ...]:
         rng = stream(options.seed, step)
         whole = options.batch_size // 2
-        frames, code = coded(
-            sample_scenes(rng, whole, split="train"), [int(seed) for seed in rng.integers(1 << 62, size=whole)]
-        )
+        scenes = sample_scenes(rng, whole, split="train", kinds=rng.permutation(SEEN).tolist())
+        frames, code = coded(scenes, [int(seed) for seed in rng.integers(1 << 62, size=whole)])
         if joint(step):
             return frames, code, frames, code
         if step % WHOLE == 0:

@@ -54,6 +54,21 @@ def test_each_rank_loads_its_own_part_of_a_checkpoint(tmp_path: Path):
         assert torch.equal(made, wanted) and held == size
 
 
+def _loaded_in_half(folder: Path) -> dict[str, torch.dtype]:
+    transformer = load_split(folder, build_mesh(Degrees(tensor=2))["tensor"], torch.bfloat16)
+    return {name: weight.dtype for name, weight in transformer.named_parameters()}
+
+
+def test_what_diffusers_keeps_exact_is_loaded_exact(tmp_path: Path):
+    from diffusers import WanTransformer3DModel
+
+    tiny_wan().save_pretrained(tmp_path, safe_serialization=True)
+    whole = WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    wanted = {name: weight.dtype for name, weight in whole.named_parameters()}
+    assert len(set(wanted.values())) == 2
+    assert on_ranks(2, _loaded_in_half, tmp_path) == [wanted, wanted]
+
+
 def _guided() -> tuple[torch.Tensor, torch.Tensor, int]:
     transformer = tiny_wan()
     given = inputs(5)
