@@ -203,11 +203,12 @@ class DualParal:
         longest = blocks.frames + 2 * blocks.context
         out = stage(given, shape, longest, timestep.expand(shape[0]).to(first.device), embeds.to(self.dtype))
         if self.at + 1 < self.count:
-            self._send(out, self.at + 1)
+            self._send(out, self.at + 1, most=2)
             return out
         velocity = self._guided(out.float())[:, :, start:].contiguous()
         if self.count > 1:
-            self._send(velocity, 0)
+            # The first stage collects a step's velocity before the block's next step: a whole queue may be on its way.
+            self._send(velocity, 0, most=self.steps + self.count)
         return velocity
 
     def _window(self, task: Task, live: dict[int, _Block], blocks: Blocks) -> Tensor:
@@ -252,10 +253,13 @@ class DualParal:
         assert self.stages is not None
         return dist.get_global_rank(self.stages, stage)
 
-    def _send(self, tensor: Tensor, stage: int) -> None:
-        """Without waiting; the tensor lives until it has arrived."""
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.popleft()
+    def _send(self, tensor: Tensor, stage: int, most: int) -> None:
+        """Go on while the tensor is on its way, with `most` of them at most: each lives until it has arrived.
+
+        A send over gloo says that it has completed only once it is waited for.
+        """
+        while len(self._sending) >= most:
+            self._sending.popleft()[0].wait()
         tensor = tensor.contiguous()
         self._sending.append((dist.isend(tensor, self._rank(stage), group=self.stages), tensor))
 

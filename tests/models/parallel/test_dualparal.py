@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import resource
 from typing import Any
 
 import pytest
@@ -140,3 +141,20 @@ def test_a_length_that_is_not_blocks_is_refused_with_the_next_that_is():
     assert Blocks.covering(257, 2, 1) == Blocks(128, 2, 1)
     with pytest.raises(ValueError, match="11"):
         Blocks.covering(10, 2, 1)
+
+
+def _peak(degrees: Degrees, count: int) -> float:
+    """Most memory of a rank, MiB, for a video of `count` blocks whose latents go out as they are done."""
+    mesh = build_mesh(degrees)
+    sampler = DualParal(_experts(1), _scheduler, steps=STEPS, stages=mesh["dualparal"].get_group())
+    first = torch.randn(1, 4, 3, 32, 48, generator=torch.Generator().manual_seed(1))  # 384 tokens a frame
+    text = tuple(part[:1] for part in _text(0))
+    for _ in sampler.sample([Video(first, lambda _: text, [torch.Generator()])], Blocks(count, 2, 1)):
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def test_no_rank_holds_more_of_a_longer_video():
+    short, long = (on_ranks(2, _peak, Degrees(dualparal=2), count) for count in (8, 32))
+    for less, more in zip(short, long, strict=True):
+        assert more <= 1.05 * less
