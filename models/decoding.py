@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,9 +56,35 @@ def _decode(pipe: Any, latents: np.ndarray) -> np.ndarray:
         z = z[:, :, None]
     conditioned = bool(vae.config.get("timestep_conditioning"))  # LTX: decode as if free of noise
     timestep = (torch.zeros(len(z), device=z.device, dtype=vae.dtype),) if conditioned else ()
+    if type(vae).__name__ == "AutoencoderKLWan" and not vae.use_tiling:
+        return np.concatenate([_bytes(pixels) for pixels in _decode_causally(vae, z)], axis=1)
     pixels = vae.decode(z, *timestep, return_dict=False)[0]
-    if pixels.ndim == 4:
-        pixels = pixels[:, :, None]
+    return _bytes(pixels if pixels.ndim == 5 else pixels[:, :, None])
+
+
+def _decode_causally(vae: Any, z: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What `vae.decode` gives, latent frame by latent frame: a long video is never there whole in floating point."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    if hasattr(vae, "_hf_hook"):  # an offloaded one is brought to the device, as `decode` does
+        vae._hf_hook.pre_forward(vae)
+    vae.clear_cache()
+    hidden = vae.post_quant_conv(z)
+    for at in range(hidden.shape[2]):
+        vae._conv_idx = [0]
+        pixels = vae.decoder(
+            hidden[:, :, at : at + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=at == 0
+        )
+        if vae.config.patch_size is not None:
+            pixels = unpatchify(pixels, patch_size=vae.config.patch_size)
+        yield pixels.clamp(-1.0, 1.0)
+    vae.clear_cache()
+
+
+def _bytes(pixels: torch.Tensor) -> np.ndarray:
+    """uint8 [n, t, h, w, 3] of [n, 3, t, h, w] in -1..1."""
+    import torch
+
     values = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return values.permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
 

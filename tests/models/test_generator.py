@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from infra.errors import UserError
 from models.generator import Generator, GeneratorRef, load_generator
@@ -42,6 +43,18 @@ def test_parts_load_only_what_they_need(part: str, wan: str) -> None:
     (pipe,) = generator._pipes.values()
     here = {name for name in ("text_encoder", "transformer", "vae") if getattr(pipe, name) is not None}
     assert here == {"encode": {"text_encoder"}, "sample": {"transformer", "vae"}, "decode": {"vae"}}[part]
+
+
+def test_a_video_is_decoded_bit_for_bit_but_never_there_whole(wan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator(GeneratorRef(wan))
+    vae = generator._pipe("decode").vae
+    noise = np.random.default_rng(0).standard_normal((2, *generator.latent_shape(*VIDEO)), dtype=np.float32)
+    with torch.inference_mode():
+        mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+        whole = vae.decode(torch.from_numpy(noise) * std + mean).sample
+    expected = (whole / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
+    monkeypatch.setattr(vae, "_decode", None)
+    np.testing.assert_array_equal(generator.decode(noise, *VIDEO), expected)
 
 
 def test_parts_share_the_decoder(wan: str) -> None:
