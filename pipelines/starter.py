@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pipelines.explain import section_of
+from pipelines.sections import PACK_GUIDANCE
 from pipelines.spec import Spec, parse_spec
 
 WIDTH = 110
@@ -27,6 +28,7 @@ STARTER: dict[str, Any] = {
             "a large yellow star spinning in place on a grey background",
         ]
     },
+    "sampler": {"guidance_scale": PACK_GUIDANCE},
     "output": {"uri": "out/my-dataset"},
 }
 """What a starter has of its own; all else is the default."""
@@ -85,8 +87,7 @@ def spec_for(
         "layout": {"batch_size": min(number, 8)},
         "output": {"uri": uri or f"out/{name}"},
     }
-    if model is not None:
-        data["generators"] = [{"model": model}]
+    data |= {"sampler": {"guidance_scale": PACK_GUIDANCE}} if model is None else {"generators": [{"model": model}]}
     return parse_spec(data, overrides, source="ditmill make")
 
 

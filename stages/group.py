@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group
+from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infra.errors import UserError
@@ -93,7 +93,7 @@ class SamplerGroup:
             for at in range(ranks - 1)
         ]
         living = [peer.live.remote() for peer in self.peers]
-        threading.Thread(target=_end_together, args=(living,), name="peers", daemon=True).start()
+        threading.Thread(target=_end_together, args=(living, place), name="peers", daemon=True).start()
         joining = [peer.join.remote(ranks, host, store.port) for peer in self.peers]
         join(0, ranks, store)
         ray.get(joining, timeout=START_SECONDS)
@@ -211,9 +211,11 @@ def _reserve(ranks: int, share: dict[str, float]) -> PlacementGroup:
     return place
 
 
-def _end_together(living: list[Any]) -> None:
+def _end_together(living: list[Any], place: PlacementGroup) -> None:
+    """Wait until a rank is lost, and end this one; unless it was let go with its place, as a run does at its end."""
     ray.wait(living, num_returns=1)
-    _end("a rank was lost")
+    if placement_group_table(place)["state"] != "REMOVED":
+        _end("a rank was lost")
 
 
 def _end(why: str) -> None:

@@ -174,6 +174,7 @@ class Runner:
 
         spec: dict[str, Any] = {
             "prompts": {"near_duplicates": "ignore", **prompts},
+            "generators": [{"model": "pack://tiny"}],
             "layout": {"batch_size": 4},
             "sampler": {"num_inference_steps": 2},
             "judge": {"backend": "call", "call": "own_judge:score", "version": "1", "thresholds": {"worth": 0.5}},

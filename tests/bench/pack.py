@@ -31,7 +31,7 @@ from models.pack.train.judge_exam import auroc, ece
 from models.pack.train.loop import stream
 from models.plan import SamplerPlan
 from models.source import resolve
-from pipelines.sections import Sampler
+from pipelines.sections import PACK_GUIDANCE
 from tests.bench.support.contact_sheet import contact_sheet
 from tests.bench.support.figures import Figure, resampled, share, table
 from tests.bench.support.pack_parts import (
@@ -227,7 +227,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of 64 samples to this PNG")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--guidance", type=float, default=Sampler().guidance_scale, help="guidance_scale")
+    parser.add_argument("--guidance", type=float, default=PACK_GUIDANCE, help="guidance_scale")
     parser.add_argument("--batch-size", type=int, default=16, help="samples denoised together")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other prompts and noise")
     parser.add_argument("--json", action="store_true", help="print JSON")

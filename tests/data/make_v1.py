@@ -36,10 +36,11 @@ SPEC: dict[str, Any] = {
     },
     "samples_per_prompt": 2,
     "buckets": [{"height": 32, "width": 32, "num_frames": 5, "fps": 8.0}],
+    "generators": [{"model": "pack://tiny"}],
     "sampler": {"num_inference_steps": 2},
     "layout": {"batch_size": 12},
-    "judge": {"thresholds": {"prompt_match": 0.5, "no_artefacts": 0.55, "motion_smooth": 0.6}},
-    "caption": {"max_new_tokens": 8},
+    "judge": {"model": "pack://tiny", "thresholds": {"prompt_match": 0.5, "no_artefacts": 0.55, "motion_smooth": 0.6}},
+    "caption": {"model": "pack://tiny", "max_new_tokens": 8},
     "output": {"keep_rejected": "preview", "tensors": {"latents": "float16"}},
 }
 

@@ -232,6 +232,7 @@ def write_spec(path: Path, **changes: Any) -> Path:
     """A spec of pack://tiny that is quick on a CPU, with top-level keys replaced by `changes`."""
     spec = {
         "name": path.stem,
+        "generators": [{"model": "pack://tiny"}],
         "layout": {"batch_size": 4},
         "sampler": {"num_inference_steps": 2},
         "judge": {"backend": "none"},

@@ -67,7 +67,7 @@ def test_init_writes_a_spec_that_plans(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["new"] == plan["planned"] == 3
-    assert plan["licences"]["pack://tiny"]["may_train"] == "yes"
+    assert plan["licences"]["pack://shapes"]["may_train"] == "yes"
     assert [stage for group in plan["groups"] for stage in group["stages"]] == [
         "encode", "sample", "decode", "score", "judge", "caption", "write",
     ]  # fmt: skip

@@ -313,9 +313,11 @@ GENERATED: dict[str, Any] = {
     "name": "generated",
     "prompts": {"inline": [f"a {colour} {thing}" for colour in ("red", "blue", "green") for thing in ("cat", "dog")]},
     "buckets": [{"height": 32, "width": 32, "num_frames": 5}],
+    "generators": [{"model": "pack://tiny"}],
     "sampler": {"num_inference_steps": 2},
     "layout": {"batch_size": 3},
-    "caption": {"styles": ["short"], "max_new_tokens": 8},
+    "judge": {"model": "pack://tiny"},
+    "caption": {"model": "pack://tiny", "styles": ["short"], "max_new_tokens": 8},
     "output": {"keep_rejected": "latents", "tensors": {"latents": "float32"}},
 }
 """Two batches of the tiny pack's videos, a second each. Its judge accepts four of the six."""
