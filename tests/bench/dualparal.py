@@ -70,7 +70,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(options: argparse.Namespace) -> Costs:
-    """Seconds of a window through stages of all and of half the layers, from which those of one layer follow."""
+    """Seconds of a window through stages of all layers, of all but both ends, and of none."""
     device, dtype = options.device, torch.float32 if options.device == "cpu" else torch.bfloat16
     torch.set_num_threads(1)
     layers = CONFIGS[options.size]["num_layers"]
@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace) -> Costs:
     shape = tuple(given["latents"].shape)
     timestep = torch.full((1,), 500.0, device=device)
     seconds = {}
-    for name, part in (("all", range(layers)), ("half", range(layers // 2)), ("inner", range(1, layers - 1))):
+    for name, part in (("all", range(layers)), ("inner", range(1, layers - 1)), ("none", range(1, 1))):
         stage = Stage(transformer, part, Split())
         tokens = frames * (options.side // 2) ** 2
         stage.window.tokens, stage.window.kept = tokens, (0, options.context * tokens // frames)
@@ -93,15 +93,14 @@ def measure(options: argparse.Namespace) -> Costs:
             for _ in range(options.repeat)
         )
         stage.close()
-    layer = (seconds["all"] - seconds["half"]) / (layers - layers // 2)
-    fixed = max(0.0, seconds["inner"] - (layers - 2) * layer)
+    layer = (seconds["inner"] - seconds["none"]) / (layers - 2)
     size = hidden.element_size()
     weights = sum(weight.numel() * weight.element_size() for weight in transformer.blocks[0].parameters())
     tokens = hidden.shape[1]
     return Costs(
         layer=layer,
-        fixed=fixed,
-        ends=max(0.0, seconds["all"] - layers * layer - fixed),
+        fixed=seconds["none"],
+        ends=max(0.0, seconds["all"] - layers * layer - seconds["none"]),
         weights=weights,
         hidden=hidden.numel() * size,
         velocity=4.0 * CHANNELS * options.block * options.side**2,
