@@ -26,6 +26,8 @@ pipeline_tag: text-to-video
 
 A WanPipeline for clips of ditmill's small world, 64x64 pixels and 17 frames. Made by models/pack/train, trained on rendered
 clips and nothing else.
+
+Call it with `height=64, width=64, num_frames=17, guidance_scale=1.75, max_sequence_length=48`: it has seen no others.
 """
 
 
