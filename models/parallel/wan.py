@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +47,7 @@ def split_sequence(transformer: Any, split: Split) -> None:
         block.attn1.set_processor(SplitAttention(split, lambda: length))
 
 
-class SelfAttention:
+class SelfAttention(ABC):
     """Wan's self-attention but for what attends to what; a drop-in for diffusers' WanAttnProcessor."""
 
     def __call__(
@@ -63,9 +64,9 @@ class SelfAttention:
         out = self.attended(query, key, value, rotary_emb)
         return attn.to_out[1](attn.to_out[0](out.flatten(2).type_as(hidden_states)))
 
+    @abstractmethod
     def attended(self, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """[b, n, h, d] of queries and keys without their rotary embedding, and values, each [b, n, h, d]."""
-        raise NotImplementedError
 
 
 class SplitAttention(SelfAttention):

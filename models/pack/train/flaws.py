@@ -8,7 +8,6 @@ Only the damage is made here; whether a clip still shows what it should, the ora
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,13 @@ import torch
 from models.pack.grammar import Scene, sample_scenes
 from models.pack.oracle import Reading
 from models.pack.phrases import describe, parse
-from models.pack.train.leftovers import Leftovers
-from models.pack.train.loop import arguments, set_up, stream
+from models.pack.train.leftovers import Leftovers, scene_of
+from models.pack.train.loop import PART, arguments, read_parts, set_up, stream, write_parts
 from models.pack.train.questions import Seen, seen_as
 from models.pack.world import render
 
 Clip = np.ndarray
 """uint8 [T, 64, 64, 3]."""
-PART = 64
 
 
 def spoilt(clip: Clip, other: Clip, rng: np.random.Generator) -> Clip:
@@ -178,21 +176,13 @@ def main() -> None:
     options = parser.parse_args()
     device = set_up(options)
     vae = AutoencoderKLWan.from_pretrained(options.vae).to(device).eval()
-    folder = Path(options.folder) / f"decoded-{options.split}"
     left = Leftovers(Path(options.folder) / "leftovers") if options.split == "train" else None
-    folder.mkdir(parents=True, exist_ok=True)
-    ended = time.monotonic() + 60 * options.minutes
-    for part in range(-(-options.clips // PART)):
-        path = folder / f"{part:04d}.npz"
-        if not path.exists():
-            rng = stream(options.seed, 6_000_000 + (options.split == "held_out"), part)
-            made = decoded(vae, rng, PART, options.split, options.batch_size, left)
-            beside = path.with_suffix(".part.npz")
-            np.savez(beside, allow_pickle=False, **made)
-            beside.rename(path)
-            print(path, flush=True)
-        if time.monotonic() > ended:
-            break
+
+    def make(part: int) -> dict[str, Any]:
+        rng = stream(options.seed, 6_000_000 + (options.split == "held_out"), part)
+        return decoded(vae, rng, PART, options.split, options.batch_size, left)
+
+    write_parts(Path(options.folder) / f"decoded-{options.split}", options, make)
 
 
 @torch.no_grad()
@@ -256,22 +246,15 @@ class Decoded:
     """All decoded clips of a folder, in memory."""
 
     def __init__(self, folder: Path) -> None:
-        files = sorted(path for path in folder.glob("*.npz") if ".part" not in path.name)
-        parts = [dict(np.load(path)) for path in files]
+        parts = read_parts(folder)
         self.frames = [clip for part in parts for clip in part["frames"]]
         self.seen = [
-            Seen(Reading(parse(str(seen)) if seen else None), bool(clean), bool(smooth), _scene(str(scene)))
+            Seen(Reading(parse(str(seen)) if seen else None), bool(clean), bool(smooth), scene_of(str(scene)))
             for part in parts
             for scene, seen, clean, smooth in zip(
                 part["scenes"], part["seen"], part["clean"], part["smooth"], strict=True
             )
         ]
-
-
-def _scene(prompt: str) -> Scene:
-    scene = parse(prompt)
-    assert scene is not None
-    return scene
 
 
 if __name__ == "__main__":

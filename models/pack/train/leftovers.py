@@ -9,7 +9,6 @@ the clip itself draws crisp edges from codes that have none.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ from models.pack.grammar import Scene, sample_scenes
 from models.pack.phrases import describe, parse
 from models.pack.train.code import coded
 from models.pack.train.denoiser import build_model
-from models.pack.train.loop import arguments, precision, set_up, stream
+from models.pack.train.loop import PART, arguments, precision, read_parts, set_up, stream, write_parts
 from models.pack.train.text import build_tokenizer, embed, tokens
 from models.pack.world import render
 
-PART = 64
 HIGHEST = 0.75
 """Noise levels are even from 0 to here. Above, another clip comes out than went in."""
 STEPS = 6
@@ -43,23 +41,16 @@ def main() -> None:
     model = build_model(tokenizer, Path(options.folder) / "text_encoder").to(device).eval()
     state = torch.load(Path(options.folder) / "denoiser.state.pt", map_location=device, weights_only=True)
     model.load_state_dict(state["average"])
-    folder = Path(options.folder) / "leftovers"
-    folder.mkdir(parents=True, exist_ok=True)
-    ended = time.monotonic() + 60 * options.minutes
-    for part in range(-(-options.clips // PART)):
-        path = folder / f"{part:04d}.npz"
-        if not path.exists():
-            rng = stream(options.seed, 9_000_000, part)
-            scenes = sample_scenes(rng, PART, split="train")
-            seeds = [int(seed) for seed in rng.integers(1 << 62, size=PART)]
-            with precision(options, device):
-                left = denoised_again(model, tokenizer, scenes, seeds, rng, GUIDANCE if part % 2 else 1.0)
-            beside = path.with_suffix(".part.npz")
-            np.savez(beside, allow_pickle=False, scenes=[describe(scene) for scene in scenes], seeds=seeds, left=left)
-            beside.rename(path)
-            print(path, flush=True)
-        if time.monotonic() > ended:
-            break
+
+    def make(part: int) -> dict[str, Any]:
+        rng = stream(options.seed, 9_000_000, part)
+        scenes = sample_scenes(rng, PART, split="train")
+        seeds = [int(seed) for seed in rng.integers(1 << 62, size=PART)]
+        with precision(options, device):
+            left = denoised_again(model, tokenizer, scenes, seeds, rng, GUIDANCE if part % 2 else 1.0)
+        return {"scenes": [describe(scene) for scene in scenes], "seeds": seeds, "left": left}
+
+    write_parts(Path(options.folder) / "leftovers", options, make)
 
 
 @torch.no_grad()
@@ -89,9 +80,8 @@ class Leftovers:
     """All that is left in a folder: what `leftovers` made, in memory."""
 
     def __init__(self, folder: Path) -> None:
-        files = sorted(path for path in folder.glob("*.npz") if ".part" not in path.name)
-        parts = [dict(np.load(path)) for path in files]
-        self.scenes = [_scene(str(prompt)) for part in parts for prompt in part["scenes"]]
+        parts = read_parts(folder)
+        self.scenes = [scene_of(str(prompt)) for part in parts for prompt in part["scenes"]]
         self.seeds = [int(seed) for part in parts for seed in part["seeds"]]
         self.left = np.concatenate([part["left"] for part in parts]) if parts else np.zeros(0)
         often = np.asarray([3.0 if HARD & {figure.shape for figure in scene.figures} else 1.0 for scene in self.scenes])
@@ -104,7 +94,8 @@ class Leftovers:
         return frames, self.left[chosen].astype(np.float32)
 
 
-def _scene(prompt: str) -> Scene:
+def scene_of(prompt: str) -> Scene:
+    """The scene that a prompt of ours says."""
     scene = parse(prompt)
     assert scene is not None
     return scene

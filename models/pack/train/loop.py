@@ -63,6 +63,31 @@ def stream(seed: int, *place: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *place])))
 
 
+PART = 64
+"""Clips of one file of made data."""
+
+
+def write_parts(folder: Path, options: argparse.Namespace, make: Callable[[int], dict[str, Any]]) -> None:
+    """Write `options.clips` made clips, PART a file, each file whole or not at all; what is there stays. `make(part)` gives
+    a file's arrays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ended = time.monotonic() + 60 * options.minutes
+    for part in range(-(-options.clips // PART)):
+        path = folder / f"{part:04d}.npz"
+        if not path.exists():
+            beside = path.with_suffix(".part.npz")
+            np.savez(beside, allow_pickle=False, **make(part))
+            beside.rename(path)
+            print(path, flush=True)
+        if time.monotonic() > ended:
+            break
+
+
+def read_parts(folder: Path) -> list[dict[str, np.ndarray]]:
+    """What `write_parts` wrote, file by file."""
+    return [dict(np.load(path)) for path in sorted(folder.glob("*.npz")) if ".part" not in path.name]
+
+
 class Average:
     """Exponential moving average of a model's weights, quick at first: what is evaluated and shipped."""
 
