@@ -20,10 +20,13 @@ from models.families import GUIDANCE, Family, family_of
 from models.loading import GeneratorRef, Part, denoiser_of, load_pipeline, loaded_by_ranks, read_index
 from models.placement import device_of, dtype_of
 from models.plan import SamplerPlan
+from models.scenes import blend, encode_scenes
 from models.schedulers import build_scheduler
 
 if TYPE_CHECKING:
     import torch
+
+    from models.parallel.dualparal import Blocks
 
 __all__ = ["Generator", "GeneratorRef", "load_generator"]
 
@@ -77,14 +80,26 @@ class Generator:
         """Shape of one sample's latents and noise: (channels, frames, height, width), images without frames."""
         return self._known.latent_shape(self._pipe("sample"), height, width, num_frames)
 
+    def blocks(self, plan: SamplerPlan, num_frames: int) -> Blocks:
+        """The blocks that DualParal cuts a video of so many frames into, where `plan` has any."""
+        from models.parallel.dualparal import Blocks
+
+        assert plan.blocks is not None
+        return Blocks.covering((num_frames - 1) // self._known.temporal_factor(self._pipe("encode")) + 1, *plan.blocks)
+
     def encode(
         self, prompts: list[str], negative_prompts: list[str], images: list[np.ndarray], plan: SamplerPlan
     ) -> dict[str, np.ndarray]:
-        """Conditions by the name of the pipeline's argument, each [n, ...]: float32 embeddings, integer masks.
+        """Conditions by the name of the pipeline's argument, each [n, ...]: float32 embeddings, integer masks. Of a plan
+        with scenes, `encode_scenes`'.
 
         `images` are first frames, uint8 [height, width, 3], where the family wants them; empty elsewhere.
         """
-        conditions = encode_texts(self._known, self._pipe("encode"), prompts, negative_prompts, plan)
+        encode = partial(encode_texts, self._known, self._pipe("encode"), plan=plan)
+        if plan.scenes is None:
+            conditions = encode(prompts, negative_prompts)
+        else:
+            conditions = encode_scenes(encode, prompts, negative_prompts, plan.scenes[0])
         return conditions | ({"image": np.stack(images)} if self._known.inputs else {})
 
     def sample(
@@ -270,10 +285,10 @@ class Generator:
         blocks = Blocks.covering(noise.shape[2], *plan.blocks)
         first = torch.from_numpy(np.ascontiguousarray(noise[:, :, : blocks.size(0)])).to(device)
         embeds = {name: _argument(value, pipe.transformer.dtype, device) for name, value in conditions.items()}
-        texts = (embeds["prompt_embeds"], embeds.get("negative_prompt_embeds", embeds["prompt_embeds"]))
         # One after the other through the queue, not beside each other: it fills and drains once for all of them.
         videos = [
-            Video(first[at : at + 1], partial(_texts_of, texts, at), [_step_noise(row)]) for at, row in enumerate(noise)
+            Video(first[at : at + 1], partial(_texts_of, embeds, plan, blocks, at), [_step_noise(row)])
+            for at, row in enumerate(noise)
         ]
 
         def scheduler() -> Any:
@@ -312,9 +327,15 @@ class Generator:
         }
 
 
-def _texts_of(texts: tuple[torch.Tensor, torch.Tensor], at: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sample's embeddings, the same for each block."""
-    return texts[0][at : at + 1], texts[1][at : at + 1]
+def _texts_of(
+    embeds: dict[str, torch.Tensor], plan: SamplerPlan, blocks: Blocks, at: int, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of a sample's block, conditional and unconditional, each [1, tokens, width]."""
+    own = embeds["prompt_embeds"][at]
+    if plan.scenes is not None:
+        own = blend(own[: int(embeds["scenes"][at])], block, blocks.count, plan.scenes[1])
+    negative = embeds.get("negative_prompt_embeds")
+    return own[None], own[None] if negative is None else negative[at : at + 1]
 
 
 def block_error(temporal: int, num_frames: int, frames: int, context: int) -> str | None:

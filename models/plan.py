@@ -22,6 +22,8 @@ class SamplerPlan:
     accelerate: tuple[str, ...] = ()
     blocks: tuple[int, int] | None = None
     """Latent frames of a block and of its context, where DualParal samples the video."""
+    scenes: tuple[str, float] | None = None
+    """What stands between the scenes of a prompt, and over how many blocks one gives way to the next."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SamplerPlan:
@@ -35,8 +37,9 @@ class SamplerPlan:
         """Canonical JSON: sorted keys, no spaces, the same text for the same plan."""
         values = asdict(self)
         values["guidance_scale"] = float(self.guidance_scale)
-        if self.blocks is None:
-            del values["blocks"]  # plans without it keep the identity they had before there was one
+        for name in ("blocks", "scenes"):
+            if values[name] is None:
+                del values[name]  # plans without it keep the identity they had before there was one
         values["shift"] = None if self.shift is None else float(self.shift)
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
 

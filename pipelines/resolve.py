@@ -242,6 +242,7 @@ def storage_of(spec: Spec) -> Storage:
 
 def sampler_plan(spec: Spec) -> SamplerPlan:
     sampler = spec.sampler
+    blocks = sampler.dualparal
     return SamplerPlan(
         scheduler=sampler.scheduler,
         num_inference_steps=sampler.num_inference_steps,
@@ -250,7 +251,8 @@ def sampler_plan(spec: Spec) -> SamplerPlan:
         max_sequence_length=sampler.max_sequence_length,
         dtype=sampler.dtype,
         accelerate=tuple(json.dumps(item, sort_keys=True) for item in sampler.accelerate),
-        blocks=None if sampler.dualparal is None else (sampler.dualparal.frames, sampler.dualparal.context),
+        blocks=None if blocks is None else (blocks.frames, blocks.context),
+        scenes=None if blocks is None or blocks.scenes is None else (blocks.scenes, blocks.fade),
     )
 
 

@@ -145,6 +145,13 @@ class DualParal(Section):
 
     frames: int = Field(8, ge=1, description="Latent frames of a block.")
     context: int = Field(4, ge=0, description="Latent frames of the blocks before and after that a block sees.")
+    scenes: str | None = Field(
+        None,
+        min_length=1,
+        description="What stands between the scenes of a prompt, which share the blocks evenly; without it, or where a"
+        " prompt does not hold it, all blocks see the whole prompt.",
+    )
+    fade: float = Field(2.0, ge=0, description="Blocks over which a scene gives way to the next.")
 
     @model_validator(mode="after")
     def _context_fits(self) -> DualParal:

@@ -11,6 +11,7 @@ import numpy as np
 from models.generator import Generator, GeneratorRef, load_generator
 from models.inputs import InputError, first_frame
 from models.plan import SamplerPlan
+from models.scenes import scenes_of
 from stages.batch import Batch, size, texts
 
 PREFIX = "cond."
@@ -23,8 +24,8 @@ class EncodeText:
     """Adds `cond.*`: for each sample, what its generator's pipeline takes as embeddings, masks and first frame.
 
     A pipeline that runs whole adds nothing. Fails samples as `empty_prompt`, `bad_text` (not valid Unicode),
-    `prompt_too_long` and `bad_input` (an input that is missing or unreadable). What was found when the records were read
-    stands in `extra`: `bad_text` true, `bad_input` with the reason.
+    `prompt_too_long`, `too_many_scenes` (more than the video has blocks) and `bad_input` (an input that is missing or
+    unreadable). What was found when the records were read stands in `extra`: `bad_text` true, `bad_input` with the reason.
     """
 
     generators: tuple[GeneratorRef, ...]
@@ -33,7 +34,16 @@ class EncodeText:
     threads: int = 1
 
     name: ClassVar[str] = "encode"
-    reads: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt", "inputs", "extra", "generator", "height", "width")
+    reads: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "negative_prompt",
+        "inputs",
+        "extra",
+        "generator",
+        "height",
+        "width",
+        "num_frames",
+    )
     adds: ClassVar[tuple[str, ...]] = ("cond.*",)
     skips_rejected: ClassVar[bool] = False
 
@@ -50,6 +60,11 @@ class EncodeText:
             _problem(prompt, negative, json.loads(extra or "{}"))
             for prompt, negative, extra in zip(batch["prompt"], batch["negative_prompt"], batch["extra"], strict=True)
         ]
+        if self.plan.scenes is not None:
+            blocks = generator.blocks(self.plan, int(batch["num_frames"][0])).count
+            for row, prompt in enumerate(batch["prompt"]):
+                if not problems[row] and (found := len(scenes_of(prompt, self.plan.scenes[0]))) > blocks:
+                    problems[row] = ("too_many_scenes", f"the prompt has {found} scenes and the video {blocks} blocks")
         images: list[np.ndarray | None] = [None] * size(batch)
         if generator.family is not None and generator.family.inputs:
             height, width = int(batch["height"][0]), int(batch["width"][0])

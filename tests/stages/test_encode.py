@@ -122,3 +122,16 @@ def test_encode_fails_a_missing_first_frame(tiny_image_to_video: str, planned: P
     assert list(result["error_type"]) == ["", "bad_input"]
     assert result["cond.image"].shape == (2, 64, 64, 3)
     assert result["cond.image"][0].mean(axis=(0, 1)).tolist() == [200, 30, 30]
+
+
+def test_a_prompt_with_more_scenes_than_blocks_fails_alone(tiny_pack: Path, planned: Planned) -> None:
+    plan = SamplerPlan(num_inference_steps=2, blocks=(1, 1), scenes=("|", 2.0))
+    stage = EncodeText((GeneratorRef(str(tiny_pack / "generator")),), plan, batch_size=8)
+    batch = planned(3)
+    batch["num_frames"][:] = 9  # 3 latent frames are 2 blocks
+    batch["prompt"][:] = ["a red circle", "a red circle | a blue star", "a | b | c"]
+    result = stage(batch)
+    assert list(result["error_type"]) == ["", "", "too_many_scenes"]
+    assert result["error"][2] == "the prompt has 3 scenes and the video 2 blocks"
+    assert result["cond.prompt_embeds"].shape[:2] == (3, 2)
+    assert list(result["cond.scenes"]) == [1, 2, 0]

@@ -103,3 +103,16 @@ def test_a_checkpoint_is_asked_for_its_heads(tiny_checkpoint: Callable[[str], st
 def test_degrees_that_do_not_fit_name_the_numbers(degrees: Degrees, said: str) -> None:
     with pytest.raises(UserError, match=said):
         degrees.check(heads=4, layers=6, guided=True)
+
+
+def test_a_video_in_scenes_is_the_same_by_one_stage_and_by_two(tiny_checkpoint: Callable[[str], str]) -> None:
+    path = tiny_checkpoint("WanPipeline")
+    in_blocks = replace(PLAN, blocks=(2, 1))
+    plain, _ = _latents(GeneratorRef(path), in_blocks, (32, 32, 25))
+    unsaid, _ = _latents(GeneratorRef(path), replace(in_blocks, scenes=("||", 2.0)), (32, 32, 25))
+    assert np.abs(unsaid - plain).max() <= 1e-5 * np.abs(plain).max()
+    scenes = replace(in_blocks, scenes=(" ", 2.0))  # each word is a scene
+    wanted, _ = _latents(GeneratorRef(path), scenes, (32, 32, 25))
+    assert np.abs(wanted - plain).max() > 1e-3 * np.abs(plain).max()
+    first, _ = on_ranks(2, _latents, GeneratorRef(path, parallel=Degrees(dualparal=2)), scenes, (32, 32, 25))
+    assert np.array_equal(first[0], wanted)

@@ -1,0 +1,53 @@
+"""A prompt that is a schedule of scenes: what each block of a video that DualParal samples is conditioned on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def scenes_of(prompt: str, separator: str) -> list[str]:
+    """The texts between separators, without blanks around them; none is empty."""
+    return [scene for part in prompt.split(separator) if (scene := part.strip())] or [prompt]
+
+
+def encode_scenes(
+    encode: Callable[[list[str], list[str]], dict[str, np.ndarray]],
+    prompts: list[str],
+    negative_prompts: list[str],
+    separator: str,
+) -> dict[str, np.ndarray]:
+    """Embeddings of each scene: prompt_embeds [n, most scenes, tokens, width], filled up with zeros; scenes int64 [n], how
+    many there are; negative_prompt_embeds [n, tokens, width] where `encode` gives them.
+
+    The scenes of a prompt are encoded together, apart from other prompts: torch's last bits depend on the size of a batch.
+    """
+    parts = [scenes_of(prompt, separator) for prompt in prompts]
+    rows = [encode(scenes, [negative] * len(scenes)) for scenes, negative in zip(parts, negative_prompts, strict=True)]
+    shape = rows[0]["prompt_embeds"].shape[1:]
+    embeds = np.zeros((len(rows), max(map(len, parts)), *shape), dtype=np.float32)
+    for place, row in zip(embeds, rows, strict=True):
+        place[: len(row["prompt_embeds"])] = row["prompt_embeds"]
+    conditions = {name: np.stack([row[name][0] for row in rows]) for name in rows[0]}
+    return conditions | {"prompt_embeds": embeds, "scenes": np.array([len(scenes) for scenes in parts])}
+
+
+def blend(scenes: Tensor, block: int, blocks: int, fade: float) -> Tensor:
+    """The embeddings [tokens, width] of a block, of scenes [s, tokens, width] that share the video's blocks evenly.
+
+    Over `fade` blocks, at most as many as a scene has, a scene gives way to the next linearly: a cross-fade of embeddings.
+    """
+    share = blocks / len(scenes)
+    middle = block + 0.5
+    at = min(max(round(middle / share), 1), len(scenes) - 1)
+    fade = min(fade, share)
+    past = middle - at * share
+    later = 0.5 + past / fade if abs(past) < fade / 2 else float(past >= 0)
+    if later in (0, 1) or len(scenes) == 1:
+        return scenes[min(int(middle / share), len(scenes) - 1)]
+    return scenes[at - 1] + later * (scenes[at] - scenes[at - 1])
