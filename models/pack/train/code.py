@@ -13,6 +13,7 @@ Causal like Wan's VAE: the first latent frame tells of the first frame alone, ea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import pi
 
 import numpy as np
 
@@ -62,6 +63,11 @@ def coded(scenes: Sequence[Scene], seeds: Sequence[int], *, num_frames: int = NU
     return frames, SCALE * told
 
 
+def _wrapped(angle: float) -> float:
+    """The same direction between -pi and pi: a turn has no end, its number must have."""
+    return (angle + pi) % (2 * pi) - pi
+
+
 def _depths(track: Track, num_frames: int) -> Array:
     """0 far outside, 1 at the edge, 2 deep inside: [DEPTHS, T', 8, 8]."""
     size = CELLS * QUARTERS
@@ -103,7 +109,7 @@ def _tell(track: Track, at: int, told: Array, nearest: Array) -> None:
         (x.mean() - track.x[0]) / 8,
         (y.mean() - track.y[0]) / 8,
         5 * np.log(r.mean() / track.r[0]),
-        track.angle[part].mean() / 1.5,
+        _wrapped(track.angle[part].mean()) / 1.5,
     ]
     here = distance < nearest
     nearest[here] = distance[here]

@@ -3,12 +3,13 @@
     python -m models.pack.train.denoiser [--minutes 240]
 
 x_s = (1 - s) x + s e for noise e and s in 0..1; the model is given x_s, 1000 s and the prompt, and learns e - x. Where the
-prompt is left out, it is the empty one, as guidance asks for. Some steps train on first frames alone: images.
+prompt is left out, it is the empty one, as guidance asks for. Some steps train on first frames alone, images, and some on
+windows of longer clips, for DualParal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.pack.grammar import Figure, Scene, Shot, abridge, sample_scenes
+from models.pack.grammar import Figure, Motion, Scene, Shot, abridge, complete, is_held_out, sample_scenes
 from models.pack.phrases import describe
 from models.pack.train.code import CHANNELS, coded
 from models.pack.train.loop import Training, arguments, precision, set_up, stream
 from models.pack.train.text import WIDTH, build_encoder, build_tokenizer, embed, tokens
+from models.pack.world import NUM_FRAMES
 
 CONFIG: dict[str, Any] = {
     "patch_size": (1, 2, 2),
@@ -42,6 +44,14 @@ PART = 512
 """Clips rendered at a time."""
 IMAGES = 0.15
 """Share of steps on images."""
+WINDOWS = 0.1
+"""Share of steps on windows of long clips: what a denoiser sees of a video that is sampled in blocks."""
+WINDOW = (3, 4)
+"""Latent frames of a window, at least and at most."""
+LONG = 65
+"""Frames of a long clip."""
+ENDLESS: tuple[Motion, ...] = ("still", "spinning", "bouncing")
+"""Motions that can go on for ever within the frame."""
 SHIFT = 3.0
 """Towards noise: s = SHIFT u / (1 + (SHIFT - 1) u)."""
 
@@ -95,21 +105,47 @@ def flow_loss(denoise: Callable[..., Any], latents: torch.Tensor, prompt_embeds:
 
 
 class Clips:
-    """The codes of `count` rendered clips of training scenes, in memory: float16 [count, CHANNELS, 5, 8, 8]."""
+    """The codes of `count` rendered clips of training scenes, in memory, and of a few long ones."""
 
     def __init__(self, count: int, seed: int) -> None:
         rng = stream(seed, 3_000_000)
         self.scenes = sample_scenes(rng, count, split="train")
-        seeds = [int(each) for each in rng.integers(1 << 62, size=count)]
-        parts = [coded(self.scenes[at : at + PART], seeds[at : at + PART])[1] for at in range(0, count, PART)]
-        self.codes = np.concatenate([part.astype(np.float16) for part in parts])
+        self.codes = _codes(self.scenes, rng, NUM_FRAMES)
+        self.endless = _endless_scenes(rng, count // 16)
+        self.long = _codes(self.endless, rng, LONG)
 
     def batch(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[str]]:
-        """Codes float16 [size, CHANNELS, T, 8, 8] and a prompt for each, T = 1 in some batches."""
+        """Codes float16 [size, CHANNELS, T, 8, 8] and a prompt for each: whole clips, first frames, or windows."""
+        drawn = rng.random()
+        if drawn < WINDOWS:
+            chosen = rng.integers(len(self.long), size=size)
+            length = int(rng.integers(WINDOW[0], WINDOW[1] + 1))
+            starts = rng.integers(self.long.shape[2] - length + 1, size=size) * (rng.random(size) < 0.75)
+            windows = [self.long[at, :, start : start + length] for at, start in zip(chosen, starts, strict=True)]
+            return np.stack(windows), [_prompt(self.endless[at], rng) for at in chosen]
         chosen = rng.integers(len(self.codes), size=size)
-        image = rng.random() < IMAGES
+        image = drawn < WINDOWS + IMAGES
         prompts = [_prompt(_first_frame(self.scenes[at]) if image else self.scenes[at], rng) for at in chosen]
         return self.codes[chosen][:, :, : 1 if image else None], prompts
+
+
+def _codes(scenes: Sequence[Scene], rng: np.random.Generator, num_frames: int) -> np.ndarray:
+    """float16 [n, CHANNELS, (num_frames - 1) / 4 + 1, 8, 8]"""
+    seeds = [int(each) for each in rng.integers(1 << 62, size=len(scenes))]
+    starts = range(0, len(scenes), PART)
+    parts = [coded(scenes[at : at + PART], seeds[at : at + PART], num_frames=num_frames)[1] for at in starts]
+    return np.concatenate([part.astype(np.float16) for part in parts])
+
+
+def _endless_scenes(rng: np.random.Generator, count: int) -> list[Scene]:
+    """Of one figure or two that move for ever, as training may show them."""
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        moving = [Figure(motion=ENDLESS[int(rng.integers(len(ENDLESS)))]) for _ in range(1 + len(scenes) % 2)]
+        scene = complete(Scene((Shot(tuple(moving)),)), rng)
+        if not is_held_out(scene):
+            scenes.append(scene)
+    return scenes
 
 
 def _first_frame(scene: Scene) -> Scene:
