@@ -93,7 +93,7 @@ pack: $(CORE) ## train pack://shapes anew, a day on two cores, and measure it; r
 	$(call step,Denoiser)
 	@$(call train,denoiser)
 	$(call step,VAE)
-	@$(call train,leftovers)
+	@$(call train,generated)
 	@$(call train,vae)
 	$(call step,Judge)
 	@$(call train,eyes)

@@ -14,7 +14,7 @@ from math import pi, radians
 import numpy as np
 
 from models.pack.geometry import OUTLINES, Array, coverage, support
-from models.pack.grammar import Colour, Scene, Shape, flaw, is_complete
+from models.pack.grammar import Colour, Figure, Scene, Shape, flaw, is_complete
 
 FRAME = 64
 NUM_FRAMES = 17
@@ -89,18 +89,26 @@ def render(scenes: Sequence[Scene], seeds: Sequence[int], *, num_frames: int = N
 def _render(scenes: Sequence[Scene], seeds: Sequence[int], frames: Array) -> None:
     num_frames = frames.shape[1]
     shades, tracks = _drawn(scenes, seeds, num_frames)
-    planes = np.zeros((len(scenes) * num_frames, FRAME, FRAME), dtype=np.uint8)
+    colours = []
+    for scene, shade in zip(scenes, shades, strict=True):
+        said = [(shot.background, *(figure.colour for figure in shot.figures)) for shot in scene.shots]
+        colours.append(
+            [[_shade(name, shade[2 * at + slot]) for slot, name in enumerate(names)] for at, names in enumerate(said)]
+        )
+    draw(tracks, colours, frames)
+
+
+def draw(tracks: list[Track], colours: Sequence[Sequence[Sequence[Array]]], frames: Array) -> None:
+    """Paint clips, `frames` [n, T, 64, 64, 3]: by clip and shot the colours of the background and of each figure, RGB."""
+    num_frames = frames.shape[1]
+    cut = cut_frame(num_frames)
+    planes = np.zeros((len(frames) * num_frames, FRAME, FRAME), dtype=np.uint8)
     _draw(tracks, planes, num_frames)
-    for clip, scene in enumerate(scenes):
-        cut = cut_frame(num_frames)
-        times = (slice(None),) if len(scene.shots) == 1 else (slice(0, cut), slice(cut, None))
-        for number, (shot, when) in enumerate(zip(scene.shots, times, strict=True)):
-            colours = [_shade(shot.background, shades[clip][2 * number])]
-            colours += [
-                _shade(figure.colour, shades[clip][2 * number + 1 + at]) for at, figure in enumerate(shot.figures)
-            ]
-            plane = planes.reshape(len(scenes), num_frames, FRAME, FRAME)[clip, when]
-            frames[clip, when] = _mix(colours)[plane].view(np.uint8).reshape(*plane.shape, 4)[..., :3]
+    for clip, shots in enumerate(colours):
+        times = (slice(None),) if len(shots) == 1 else (slice(0, cut), slice(cut, None))
+        for shot, when in zip(shots, times, strict=True):
+            plane = planes.reshape(len(frames), num_frames, FRAME, FRAME)[clip, when]
+            frames[clip, when] = _mix(shot)[plane].view(np.uint8).reshape(*plane.shape, 4)[..., :3]
 
 
 def tracks(scenes: Sequence[Scene], seeds: Sequence[int], *, num_frames: int = NUM_FRAMES) -> list[Track]:
@@ -121,7 +129,7 @@ def _shade(colour: str | None, shift: Array) -> Array:
     return np.clip(np.asarray(PALETTE[str(colour)]) + shift, 0, 255)
 
 
-def _mix(colours: list[Array]) -> Array:
+def _mix(colours: Sequence[Array]) -> Array:
     """RGBx as one uint32 for each value of a plane: 0..127 from background to first figure, 128..255 to second."""
     share = np.linspace(0, 1, 128)[:, None]
     table = np.zeros((256, 4), dtype=np.uint8)
@@ -171,31 +179,39 @@ def _layout(clip: int, scene: Scene, num_frames: int, rng: np.random.Generator) 
 
 
 def _tracks(clip: int, scene: Scene, num_frames: int, rng: np.random.Generator) -> Iterator[Track]:
-    cut = cut_frame(num_frames)
-    spans = [(0, num_frames)] if len(scene.shots) == 1 else [(0, cut), (cut, num_frames - cut)]
-    for shot, (start, length) in zip(scene.shots, spans, strict=True):
+    for shot, (start, length) in zip(scene.shots, spans(scene, num_frames), strict=True):
         for slot, figure in enumerate(shot.figures):
             assert figure.shape is not None and figure.colour is not None
-            spread, travel, height, phase = rng.random(4)
-            still = np.zeros(length)
-            x: Array = still
-            y: Array = still
-            angle: Array = still
-            time = np.linspace(0.0, 1.0, length) if length > 1 else still
-            r = np.full(length, RADII[figure.size]) if figure.size else _resized(time, figure.motion == "growing")
-            if figure.motion in STEP:
-                low, high = TRAVEL if length >= SHORT else SHORT_TRAVEL
-                x, y = (axis * (low + travel * (high - low)) * time for axis in STEP[figure.motion])
-            elif figure.motion == "bouncing":
-                low, high = BOUNCE_HEIGHT
-                # In a short shot the ground comes in the middle, so that both ways are seen.
-                phase = phase if length >= SHORT else 0.35 + 0.25 * phase
-                swing = (np.arange(length) / BOUNCE_FRAMES + phase) % 1.0
-                y = -(low + height * (high - low)) * (1 - (2 * swing - 1) ** 2)
-            elif figure.motion == "spinning":
-                angle = SPIN * np.arange(length)
-            r = r * (1 + RADIUS_SPREAD * (2 * spread - 1))
-            yield Track(clip, slot, figure.shape, figure.colour, start, x, y, r, angle)
+            yield Track(clip, slot, figure.shape, figure.colour, start, *path(figure, length, rng.random(4)))
+
+
+def spans(scene: Scene, num_frames: int) -> list[tuple[int, int]]:
+    """The first frame of each shot, and how many it has."""
+    cut = cut_frame(num_frames)
+    return [(0, num_frames)] if len(scene.shots) == 1 else [(0, cut), (cut, num_frames - cut)]
+
+
+def path(figure: Figure, length: int, draws: Array) -> tuple[Array, Array, Array, Array]:
+    """x and y relative to where it starts, radius and turn of a figure, [length] each, for four draws of [0, 1)."""
+    spread, travel, height, phase = draws
+    still = np.zeros(length)
+    x: Array = still
+    y: Array = still
+    angle: Array = still
+    time = np.linspace(0.0, 1.0, length) if length > 1 else still
+    r = np.full(length, RADII[figure.size]) if figure.size else _resized(time, figure.motion == "growing")
+    if figure.motion in STEP:
+        low, high = TRAVEL if length >= SHORT else SHORT_TRAVEL
+        x, y = (axis * (low + travel * (high - low)) * time for axis in STEP[figure.motion])
+    elif figure.motion == "bouncing":
+        low, high = BOUNCE_HEIGHT
+        # In a short shot the ground comes in the middle, so that both ways are seen.
+        phase = phase if length >= SHORT else 0.35 + 0.25 * phase
+        swing = (np.arange(length) / BOUNCE_FRAMES + phase) % 1.0
+        y = -(low + height * (high - low)) * (1 - (2 * swing - 1) ** 2)
+    elif figure.motion == "spinning":
+        angle = SPIN * np.arange(length)
+    return x, y, r * (1 + RADIUS_SPREAD * (2 * spread - 1)), angle
 
 
 def _resized(time: Array, growing: bool) -> Array:

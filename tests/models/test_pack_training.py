@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from models.pack.grammar import Shot, abridge, sample_scenes
+from models.pack.oracle import match, read
 from models.pack.phrases import VOCABULARY, describe
 from models.pack.train.code import CELL, CHANNELS, GROUND, NUMBERS, SCALE, coded
 from models.pack.train.denoiser import CONFIG as DENOISER
 from models.pack.train.denoiser import build_model, flow_loss
-from models.pack.train.leftovers import Leftovers, denoised_again
+from models.pack.train.fitted import fitted
+from models.pack.train.generated import Generated, sampled
 from models.pack.train.loop import Training, stream
 from models.pack.train.text import TOKENS, WIDTH, build_encoder, build_tokenizer, embed, tokens
 from models.pack.train.vae import CONFIG as VAE
@@ -149,19 +151,40 @@ def test_a_window_has_the_code_of_its_own_pixels():
         assert places
 
 
-def test_what_the_denoiser_leaves_comes_back_with_its_clips(tmp_path: Path):
+def test_a_code_is_the_clip_that_its_numbers_tell():
+    scenes = sample_scenes(stream(0, 6), 12)
+    frames, code = coded(scenes, range(12))
+    for at, scene in enumerate(scenes):
+        clip = fitted(code[at], scene, stream(0, 7))
+        assert clip is not None
+        assert np.square(clip.astype(float) - frames[at]).mean() < 6.5  # 40 dB
+        assert match(read(clip), scene) == match(read(frames[at]), scene)
+        spoilt = code[at].copy()
+        spoilt[GROUND:NUMBERS] = 0
+        assert np.array_equal(fitted(spoilt, scene, stream(0, 7)), clip)  # depths are not asked
+
+
+def test_a_code_of_another_scene_fits_no_clip():
+    scenes = sample_scenes(stream(0, 8), 12, kinds=("one",))
+    _, code = coded(scenes, range(12))
+    for at, scene in enumerate(scenes):
+        assert fitted(code[at - 1], scene, stream(0, 9)) is None
+        assert fitted(np.zeros_like(code[at]), scene, stream(0, 9)) is None
+
+
+def test_what_the_denoiser_makes_comes_back_with_the_clips_that_fit(tmp_path: Path):
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     model = build_model(tokenizer, tmp_path / "none").eval()
-    scenes, seeds = sample_scenes(stream(4, 0), 3), [5, 6, 7]
-    left = denoised_again(model, tokenizer, scenes, seeds, stream(4, 1), guidance=2.0)
-    assert left.shape == (3, CHANNELS, 5, 8, 8)
-    assert left.dtype == np.float16
+    scenes = sample_scenes(stream(4, 0), 3)
+    made = sampled(model, tokenizer, scenes, stream(4, 1), guidance=2.0)
+    assert made.shape == (3, CHANNELS, 5, 8, 8)
+    frames, latents = coded(scenes, range(3))
     told = [describe(scene) for scene in scenes]
-    np.savez(tmp_path / "0000.npz", allow_pickle=False, scenes=told, seeds=seeds, left=left)
-    found = Leftovers(tmp_path)
-    frames, again = found.batch(stream(4, 2), 8)
-    rows = [int(np.flatnonzero((left == each).all(axis=(1, 2, 3, 4)))[0]) for each in again]
-    assert len(set(rows)) > 1
-    for clip, row in zip(frames, rows, strict=True):
-        assert np.array_equal(clip, render([scenes[row]], [seeds[row]])[0])
+    np.savez(tmp_path / "0000.npz", scenes=told, latents=latents, fits=[True, False, True], frames=frames[[0, 2]])
+    found = Generated(tmp_path)
+    assert found.scenes == scenes
+    shown, again = found.batch(stream(4, 2), 8)
+    rows = [int(np.flatnonzero((latents == each).all(axis=(1, 2, 3, 4)))[0]) for each in again]
+    assert set(rows) == {0, 2}
+    assert np.array_equal(shown, frames[rows])

@@ -1,5 +1,5 @@
 """Clips with flaws, for the judge to learn from: spoilt pixels, latents of the trained VAE that are noised and blended, and
-what the denoiser leaves (`leftovers.py`).
+what the denoiser makes (`generated.py`).
 
     python -m models.pack.train.flaws [--clips 1500]     # folder/decoded/NNNN.npz, once the VAE is trained
 
@@ -19,7 +19,7 @@ import torch
 from models.pack.grammar import Scene, sample_scenes
 from models.pack.oracle import Reading
 from models.pack.phrases import describe, parse
-from models.pack.train.leftovers import Leftovers, scene_of
+from models.pack.train.generated import Generated, scene_of
 from models.pack.train.loop import PART, arguments, read_parts, set_up, stream, write_parts
 from models.pack.train.questions import Seen, seen_as
 from models.pack.world import render
@@ -176,20 +176,20 @@ def main() -> None:
     options = parser.parse_args()
     device = set_up(options)
     vae = AutoencoderKLWan.from_pretrained(options.vae).to(device).eval()
-    left = Leftovers(Path(options.folder) / "leftovers") if options.split == "train" else None
+    generated = Generated(Path(options.folder) / "generated") if options.split == "train" else None
 
     def make(part: int) -> dict[str, Any]:
         rng = stream(options.seed, 6_000_000 + (options.split == "held_out"), part)
-        return decoded(vae, rng, PART, options.split, options.batch_size, left)
+        return decoded(vae, rng, PART, options.split, options.batch_size, generated)
 
     write_parts(Path(options.folder) / f"decoded-{options.split}", options, make)
 
 
 @torch.no_grad()
 def decoded(
-    vae: Any, rng: np.random.Generator, count: int, split: Any, batch_size: int = 8, left: Leftovers | None = None
+    vae: Any, rng: np.random.Generator, count: int, split: Any, batch_size: int = 8, generated: Generated | None = None
 ) -> dict[str, np.ndarray]:
-    """Clips out of the VAE, `frames` and, by the oracle, what each shows: every other batch of what the denoiser `left`, if
+    """Clips out of the VAE, `frames` and, by the oracle, what each shows: every other batch of what the denoiser made, if
     there is any; of the others, half with damaged latents."""
     from models.pack.train.vae import encode, to_frames
 
@@ -197,10 +197,10 @@ def decoded(
     frames: list[np.ndarray] = []
     scenes: list[Scene] = []
     for number in range(-(-count // batch_size)):
-        if left is not None and left.seeds and number % 2:
-            chosen = rng.integers(len(left.seeds), size=batch_size)
-            some = [left.scenes[at] for at in chosen]
-            latents = torch.from_numpy(left.left[chosen].astype(np.float32))
+        if generated is not None and number % 2:
+            chosen = rng.integers(len(generated.scenes), size=batch_size)
+            some = [generated.scenes[at] for at in chosen]
+            latents = torch.from_numpy(generated.latents[chosen].astype(np.float32))
         else:
             some = sample_scenes(rng, batch_size, split=split)
             clean = encode(vae, render(some, [int(seed) for seed in rng.integers(1 << 62, size=batch_size)]))

@@ -2,9 +2,9 @@
 
     python -m models.pack.train.vae [--minutes 60]
 
-The code is known before the VAE is, so both halves learn at the same time. The decoder draws what the denoiser leaves of
-codes (`leftovers.py`), with its errors, of small windows around a figure, where there is something to learn, and by turns
-of whole clips; later, in every other step, what the encoder tells, and then both learn.
+The code is known before the VAE is, so both halves learn at the same time. The decoder draws what the denoiser makes
+(`generated.py`), with its errors, of small windows around a figure, where there is something to learn, and by turns of
+whole clips; later, when the encoder has learnt what it will, in every other step what the encoder tells.
 Its loss: mean absolute and squared difference, with weight on detail, and the absolute one of differences between neighbours.
 The encoder folds 2x2 pixels into channels first (`patch_size`), so that no convolution runs at full size: decoding a clip
 takes 0.1 CPU-seconds.
@@ -23,7 +23,7 @@ from torch import nn
 from models.pack.grammar import Kind, sample_scenes
 from models.pack.oracle import match, read
 from models.pack.train.code import CELL, CHANNELS, GROUND, NUMBERS, coded
-from models.pack.train.leftovers import Leftovers
+from models.pack.train.generated import Generated
 from models.pack.train.loop import Training, arguments, precision, set_up, stream
 from models.pack.world import render
 
@@ -51,8 +51,8 @@ WINDOW = 4
 """Cells along a window's side."""
 WHOLE = 4
 """One step in so many draws whole clips."""
-JOINT = 0.5
-"""Share of the steps, at the end, in every other of which the decoder draws from what the encoder tells."""
+APART = 0.5
+"""Share of the steps in which the encoder learns too; after them, in every other one, the decoder draws what it tells."""
 DETAIL = 5.0
 """How much more an error counts where the picture differs from its surroundings. An edge is a small part of it."""
 
@@ -66,33 +66,36 @@ def main() -> None:
     model = AutoencoderKLWan(**CONFIG)
     initialise(model)
     training = Training("vae", model.to(device), options)
-    leftovers = Leftovers(Path(options.folder) / "leftovers")
-    if not leftovers.seeds:
-        raise SystemExit(f"{options.folder}/leftovers: nothing there; run models.pack.train.leftovers first")
+    generated = Generated(Path(options.folder) / "generated")
 
-    def joint(step: int) -> bool:
-        return step >= (1 - JOINT) * options.steps and step % 2 == 1
-
-    def make(step: int) -> tuple[np.ndarray, ...]:
+    def make(step: int) -> dict[str, np.ndarray]:
         rng = stream(options.seed, step)
         whole = options.batch_size // 2
-        scenes = sample_scenes(rng, whole, split="train", kinds=rng.permutation(SEEN).tolist())
-        frames, code = coded(scenes, [int(seed) for seed in rng.integers(1 << 62, size=whole)])
-        if joint(step):
-            return frames, code, frames, code
-        if step % WHOLE == 0:
-            return frames, code, *leftovers.batch(rng, whole)
-        return frames, code, *windows(*leftovers.batch(rng, options.batch_size), rng)
+        learns = step < APART * options.steps
+        data = {}
+        if learns or step % 2:
+            scenes = sample_scenes(rng, whole, split="train", kinds=rng.permutation(SEEN).tolist())
+            data["frames"], data["code"] = coded(scenes, [int(seed) for seed in rng.integers(1 << 62, size=whole)])
+        if learns or not step % 2:
+            pairs = generated.batch(rng, whole) if step % WHOLE == 0 else None
+            pairs = pairs or windows(*generated.batch(rng, options.batch_size), rng)
+            data["shown"], data["latents"] = pairs
+        return data
 
-    def loss(step: int, data: tuple[np.ndarray, ...]) -> dict[str, torch.Tensor]:
-        seen, told = to_pixels(data[0], device), torch.as_tensor(data[1]).to(device)
-        shown, left = to_pixels(data[2], device), torch.as_tensor(data[3]).to(device)
+    def loss(step: int, data: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        learns, terms = "frames" in data and "shown" in data, {}
         with precision(options, device):
-            found = model.encode(seen).latent_dist.mode().float()
-            off = _decode_open(model, found if joint(step) else left).float() - shown
-        weight = 1 + DETAIL * _detail(shown)
+            if "frames" in data:
+                pixels = to_pixels(data["frames"], device)
+                with torch.set_grad_enabled(learns):
+                    latents = model.encode(pixels).latent_dist.mode().float()
+                terms["code"] = (latents - torch.as_tensor(data["code"]).to(device)).square().mean()
+            if "shown" in data:
+                pixels, latents = to_pixels(data["shown"], device), torch.as_tensor(data["latents"]).to(device)
+            off = _decode_open(model, latents).float() - pixels
+        weight = 1 + DETAIL * _detail(pixels)
         return {
-            "code": (found - told).square().mean(),
+            **terms,
             "l1": (weight * off.abs()).mean(),
             "l2": (weight * off.square()).mean(),
             "edges": EDGES * _edges(off),
