@@ -220,14 +220,19 @@ class Generator:
         return self._pipes[part]
 
     def lay_out(self, plan: SamplerPlan) -> None:
-        """Cut the denoiser for this rank, once its process group is there. Where there is one rank it does nothing."""
-        if self.ref.parallel.size == 1 or self._layout is not None:
+        """Cut the denoiser for this rank, once its process group is there, and give it its attention kernel."""
+        if self._layout is not None or (self.ref.parallel.size == 1 and self.ref.attention == "native"):
             return
         from models.parallel.layout import lay_out
 
         pipe = self._pipe("sample")
-        in_blocks = plan.blocks is not None
-        self._layout = lay_out(pipe, self.ref.parallel, in_blocks=in_blocks, device=pipe._execution_device.type)
+        self._layout = lay_out(
+            pipe,
+            self.ref.parallel,
+            in_blocks=plan.blocks is not None,
+            device=pipe._execution_device.type,
+            attention=self.ref.attention,
+        )
 
     def _scheduler(self, plan: SamplerPlan) -> Any:
         """A fresh one each time: schedulers remember the last samples they saw."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from infra.errors import UserError
 from models.families import Family
-from models.parallel.degrees import Degrees
+from models.parallel.degrees import Attention, Degrees
 from models.placement import device_of, dtype_of
 from models.weights import refuse_meta, text_models
 
@@ -40,6 +40,7 @@ class GeneratorRef:
     revision: str | None = None
     parallel: Degrees = field(default_factory=Degrees)
     """More than one rank: each is a process of one torch.distributed group, and all make the same calls."""
+    attention: Attention = "native"
 
 
 def read_index(path: str) -> dict[str, Any]:

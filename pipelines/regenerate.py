@@ -118,6 +118,7 @@ def _generator(storage: Storage, row: Row) -> GeneratorRef:
         offload=layout.get("offload", "none"),
         compile=layout.get("compile", False),
         vae_tiling=layout.get("vae_tiling", False),
+        attention=layout.get("attention", "native"),
         remote_code=settings.get("remote_code"),
         revision=settings.get("revision"),
     )

@@ -20,7 +20,7 @@ from models.licences import Licence, licence_of
 from models.loading import GeneratorRef, read_index
 from models.multimodal import MultimodalRef
 from models.pack import marks
-from models.parallel.degrees import Degrees, check_layout
+from models.parallel.degrees import Degrees, check_attention, check_layout
 from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
 from pipelines.identity import generator_id
@@ -172,6 +172,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         folder = resolve(generator.model, "generator", generator.revision)
         pipeline = read_index(folder)["_class_name"]
         check_layout(folder, family_of(pipeline), degrees, guided=plan.guidance_scale > 1, blocks=plan.blocks)
+        check_attention(family_of(pipeline), spec.layout.attention)
         if family_of(pipeline) is None and (spec.output.tensors or spec.output.keep_rejected == "latents"):
             key = "output.tensors" if spec.output.tensors else "output.keep_rejected"
             raise UserError(
@@ -190,6 +191,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
             remote_code=generator.remote_code,
             revision=generator.revision,
             parallel=degrees,
+            attention=spec.layout.attention,
         )
         fact = GeneratorFacts(
             model=generator.model,

@@ -218,6 +218,9 @@ class Layout(Section):
         "none", description="diffusers' CPU offload, on an accelerator."
     )
     compile: bool = Field(False, description="torch.compile the denoiser, on an accelerator.")
+    attention: Literal["native", "flash", "flash_3", "flash_4", "cudnn"] = Field(
+        "native", description="Kernel of self-attention: torch's own, or one of xfuser's, on a GPU; Wan text-to-video."
+    )
     vae_tiling: bool = Field(False, description="Decode in tiles.")
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ The last ones may be padding; it is cut off before anything attends to it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,33 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+Kernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""As `attend`."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention and the log-sum-exp of its logits: [b, h, n, d] and float32 [b, h, n] of [b, h, n or m, d].
+
+    On a CPU in float32 or half precision; on a GPU half precision goes through FlashAttention, float32 through the
+    memory-efficient kernel.
+    """
+    if query.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+        return out, lse.float()
+    if query.dtype == torch.float32:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)
+        return out, lse[..., : query.shape[2]].float()
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)
+    return out, lse.float()
+
+
 @dataclass(frozen=True)
 class Split:
-    """How a sequence lies over ranks. A group of None is one of a single rank."""
+    """How a sequence lies over ranks, and what attends to it there. A group of None is one of a single rank."""
 
     ring: ProcessGroup | None = None
     ulysses: ProcessGroup | None = None
+    attend: Kernel = attend
 
     @property
     def ring_size(self) -> int:
@@ -74,22 +96,6 @@ def rank_in(group: ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax attention and the log-sum-exp of its logits: [b, h, n, d] and float32 [b, h, n] of [b, h, n or m, d].
-
-    On a CPU in float32 or half precision; on a GPU half precision goes through FlashAttention, float32 through the
-    memory-efficient kernel.
-    """
-    if query.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
-        return out, lse.float()
-    if query.dtype == torch.float32:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)
-        return out, lse[..., : query.shape[2]].float()
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)
-    return out, lse.float()
-
-
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two sets of keys, from that over each: float32."""
     total = torch.logaddexp(lse, more_lse)
@@ -109,7 +115,7 @@ def split_attention(query: Tensor, key: Tensor, value: Tensor, split: Split, len
 def _ring(query: Tensor, key: Tensor, value: Tensor, split: Split, length: int) -> Tensor:
     """Attention to the keys of each rank of the ring in turn. Those of the next one are on their way meanwhile."""
     if split.ring is None or split.ring_size == 1:
-        return attend(query, key[:, :, :length].contiguous(), value[:, :, :length].contiguous())[0]
+        return split.attend(query, key[:, :, :length].contiguous(), value[:, :, :length].contiguous())[0]
     ring, count, at = split.ring, split.ring_size, dist.get_rank(split.ring)
     onward, before = (dist.get_global_rank(ring, (at + step) % count) for step in (1, -1))
     held = torch.stack([key, value])
@@ -127,7 +133,7 @@ def _ring(query: Tensor, key: Tensor, value: Tensor, split: Split, length: int) 
         owner = (at - turn) % count
         known = min(max(length - owner * held.shape[3], 0), held.shape[3])
         if known:
-            part = attend(query, held[0, :, :, :known].contiguous(), held[1, :, :, :known].contiguous())
+            part = split.attend(query, held[0, :, :, :known].contiguous(), held[1, :, :, :known].contiguous())
             result = part if result is None else merge(*result, *part)
         for each in moving:
             each.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from infra.errors import UserError
 from models.families import Family
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 KEY = "layout.parallel"
+ATTENTION = "layout.attention"
+
+Attention = Literal["native", "flash", "flash_3", "flash_4", "cudnn"]
+"""Kernels of self-attention: torch's own, or one of xfuser's, which all compute the same."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,13 @@ def _check_blocks(folder: str, family: Family | None, degrees: Degrees) -> None:
         raise UserError(
             f"{KEY}: sampler.dualparal composes with cfg and ulysses, not with ring or tensor; set those to 1"
         )
+
+
+def check_attention(family: Family | None, attention: Attention) -> None:
+    """Raise a UserError where the family's self-attention cannot be given that kernel."""
+    if attention != "native" and (family is None or not family.layouts):
+        name = family.name if family else "a pipeline that runs whole"
+        raise UserError(f"{ATTENTION}: {name} keeps its own attention, found {attention}; use native")
 
 
 AXES = ("dualparal", "cfg", "ring", "ulysses", "tensor")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.parallel.attention import Split
-from models.parallel.degrees import Degrees, build_mesh
+from models.parallel.degrees import Attention, Degrees, build_mesh
 from models.parallel.guidance import GuidanceParallel
+from models.parallel.kernels import kernel_of
 from models.parallel.tensor import is_split, load_split, split_tensors
 from models.parallel.wan import split_sequence
 
@@ -49,17 +50,32 @@ class Layout:
                 del denoiser.forward
 
 
-def lay_out(pipe: Any, degrees: Degrees, *, in_blocks: bool = False, device: str = "cpu") -> Layout:
+def lay_out(
+    pipe: Any,
+    degrees: Degrees,
+    *,
+    in_blocks: bool = False,
+    device: str = "cpu",
+    attention: Attention = "native",
+) -> Layout:
     """Cut the denoisers of `pipe` for this rank. Each rank of the default process group calls it with the same arguments.
 
-    `in_blocks`: DualParal samples, which cuts layers and sequence itself. What `load_parts` loaded is cut already.
+    `in_blocks`: DualParal samples, which cuts layers and sequence itself. What `load_parts` loaded is cut already. One
+    rank needs no process group.
     """
+    kernel = kernel_of(attention)
+    if degrees.size == 1:
+        split = Split(attend=kernel)
+        if attention != "native" and not in_blocks:
+            for denoiser in denoisers_of(pipe):
+                split_sequence(denoiser, split)
+        return Layout(split=split)
     mesh = build_mesh(degrees, device)
-    split = Split(ring=mesh["ring"].get_group(), ulysses=mesh["ulysses"].get_group())
+    split = Split(ring=mesh["ring"].get_group(), ulysses=mesh["ulysses"].get_group(), attend=kernel)
     for denoiser in denoisers_of(pipe):
         if degrees.tensor > 1 and not is_split(denoiser):
             split_tensors(denoiser, mesh["tensor"])
-        if split.parts > 1 and not in_blocks:
+        if (split.parts > 1 or attention != "native") and not in_blocks:
             split_sequence(denoiser, split)
     return Layout(
         branches=mesh["cfg"].get_group() if degrees.cfg > 1 else None,

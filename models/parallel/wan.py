@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.parallel.attention import Split, attend, heads_for_tokens, split_attention, tokens_for_heads
+from models.parallel.attention import Split, heads_for_tokens, split_attention, tokens_for_heads
 
 
 def split_sequence(transformer: Any, split: Split) -> None:
@@ -115,7 +115,9 @@ class WindowAttention(SelfAttention):
             more_keys, more_values = window.future[self.layer]
             key, value = torch.cat([key, more_keys], dim=1), torch.cat([value, more_values], dim=1)
         query, key = (rotate(part, *(angle[:, : part.shape[1]] for angle in rotary)) for part in (query, key))
-        out = attend(*(part.transpose(1, 2).contiguous() for part in (query, key, value)))[0].transpose(1, 2)
+        out = window.split.attend(*(part.transpose(1, 2).contiguous() for part in (query, key, value)))[0].transpose(
+            1, 2
+        )
         if padding:
             out = torch.cat([out, out.new_zeros(len(out), padding, *out.shape[2:])], dim=1)
         return heads_for_tokens(out, group, heads)

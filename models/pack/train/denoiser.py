@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.pack.grammar import Figure, Motion, Scene, Shot, abridge, complete, is_held_out, sample_scenes
+from models.pack.grammar import Figure, Kind, Motion, Scene, Shot, abridge, complete, is_held_out, sample_scenes
 from models.pack.phrases import describe
 from models.pack.train.code import CHANNELS, coded
 from models.pack.train.loop import Training, arguments, precision, set_up, stream
@@ -42,6 +42,8 @@ SHORTENED = 0.25
 """Share of prompts that leave something unsaid."""
 PART = 512
 """Clips rendered at a time."""
+MIX: tuple[Kind, ...] = ("one", "two", "two", "cut")
+"""Kinds of the clips: which of two figures moves how is learnt last."""
 IMAGES = 0.15
 """Share of steps on images."""
 WINDOWS = 0.1
@@ -109,7 +111,7 @@ class Clips:
 
     def __init__(self, count: int, seed: int) -> None:
         rng = stream(seed, 3_000_000)
-        self.scenes = sample_scenes(rng, count, split="train")
+        self.scenes = sample_scenes(rng, count, split="train", kinds=MIX)
         self.codes = _codes(self.scenes, rng, NUM_FRAMES)
         self.endless = _endless_scenes(rng, count // 16)
         self.long = _codes(self.endless, rng, LONG)

@@ -17,7 +17,7 @@ NEARBY = 0.6
 CANDIDATES = 200
 """Ways of moving that are tried, and as many again near the best of them."""
 NEAR = 0.1
-WORST = 2.0
+WORST = 3.0
 """Pixels: root mean square distance between a path and what the cells tell, above which there is no such clip."""
 WRONG_SIZE = 0.12
 """The same for the logarithm of the radius."""
