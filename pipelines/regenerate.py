@@ -208,7 +208,8 @@ def _encoded(item: Mapping[str, Any], frames: np.ndarray, fps: float) -> Encoded
         return preview_strip(frames)
     crf = re.search(r"\bcrf=(\d+)", item["codec"] or "")
     image_format = "webp" if item["mime"] == "image/webp" else "png"
-    return encode(frames, fps, image_format, int(crf[1]) if crf else 18)
+    marked = " xmp=" in (item["codec"] or "")
+    return encode(frames, fps, image_format, int(crf[1]) if crf else 18, marked=marked)
 
 
 def _psnr(before: np.ndarray, now: np.ndarray) -> float | None:

@@ -110,6 +110,7 @@ class Resolved:
             keep_rejected=output.keep_rejected,
             image_format=output.image_format,
             crf=output.crf,
+            marked=output.marked,
             tensors={str(role): str(dtype) for role, dtype in output.tensors.items()},
         )
 

@@ -342,6 +342,9 @@ class Output(Section):
     )
     image_format: Literal["webp", "png"] = Field("png", description="Format of single-frame samples.")
     crf: int = Field(18, ge=0, le=51, description="x264 quality; lower is better and larger.")
+    marked: bool = Field(
+        True, description="Say in each media file's XMP that a model made it (IPTC DigitalSourceType)."
+    )
     tensors: dict[Literal["latents"], Literal["float32", "float16", "bfloat16"]] = Field(
         {}, description="Tensors kept beside accepted media, with their dtype."
     )

@@ -74,6 +74,7 @@ class WriteShards:
     keep_rejected: Literal["preview", "latents", "media", "none"] = "preview"
     image_format: Literal["webp", "png"] = "png"
     crf: int = 18
+    marked: bool = True
     tensors: dict[str, str] = field(default_factory=dict)
 
     name: ClassVar[str] = "write"
@@ -226,7 +227,7 @@ class _Written:
             if preview:
                 return "preview", preview_strip(frames)
             role = "image" if len(frames) == 1 else "video"
-            return role, encode(frames, fps, self.stage.image_format, self.stage.crf)
+            return role, encode(frames, fps, self.stage.image_format, self.stage.crf, marked=self.stage.marked)
         except ValueError as error:
             raise SampleError("bad_media", str(error)) from error
 

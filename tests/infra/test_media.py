@@ -126,3 +126,39 @@ def test_preview_strip_shows_evenly_spaced_frames(num_frames, shown):
 
 def test_preview_strip_does_not_enlarge():
     assert split_strip(preview_strip(clip()).data, 9).shape == (4, 48, 64, 3)
+
+
+SOURCE = b"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+
+
+@pytest.mark.parametrize(("num_frames", "image_format"), [(9, "png"), (1, "png"), (1, "webp")])
+def test_a_file_says_that_a_model_made_it(num_frames, image_format):
+    frames = clip(num_frames)
+    marked, plain = encode(frames, 8.0, image_format), encode(frames, 8.0, image_format, marked=False)
+    assert marked.data.count(SOURCE) == 1 and marked.codec == f"{plain.codec} xmp=trainedAlgorithmicMedia"
+    assert SOURCE not in plain.data
+    assert 0 < len(marked.data) - len(plain.data) < 700
+    np.testing.assert_array_equal(decode(marked.data, marked.suffix), decode(plain.data, plain.suffix))
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+def test_readers_of_xmp_find_the_mark_in_an_image(image_format):
+    from xml.etree import ElementTree
+
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encode(clip(1), 8.0, image_format).data)) as image:
+        found = ElementTree.fromstring(image.info["xmp"])
+    (said,) = found.iter("{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType")
+    assert said.text.encode() == SOURCE
+
+
+def test_a_video_ends_with_a_box_of_xmp():
+    data, boxes, at = encode(clip(), 8.0).data, [], 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        boxes.append((data[at + 4 : at + 8], data[at + 8 : at + size]))
+        at += size
+    assert at == len(data)
+    assert [kind for kind, _ in boxes] == [b"ftyp", b"moov", b"free", b"mdat", b"uuid"]
+    assert boxes[-1][1][:16].hex() == "be7acfcb97a942e89c71999491e3afac"

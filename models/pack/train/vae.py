@@ -4,7 +4,7 @@
 
 The code is known before the VAE is, so both halves learn at the same time. The decoder draws what the denoiser makes
 (`generated.py`), with its errors, of small windows around a figure, where there is something to learn, and by turns of
-whole clips; later, when the encoder has learnt what it will, in every other step what the encoder tells.
+whole clips; later, when the encoder has learnt what it will, by turns what it tells.
 Its loss: mean absolute and squared difference, with weight on detail, and the absolute one of differences between neighbours.
 The encoder folds 2x2 pixels into channels first (`patch_size`), so that no convolution runs at full size: decoding a clip
 takes 0.1 CPU-seconds.
@@ -52,7 +52,9 @@ WINDOW = 4
 WHOLE = 4
 """One step in so many draws whole clips."""
 APART = 0.5
-"""Share of the steps in which the encoder learns too; after them, in every other one, the decoder draws what it tells."""
+"""Share of the steps in which the encoder learns too."""
+TOLD = 4
+"""After them, one step in so many draws what the encoder tells."""
 DETAIL = 5.0
 """How much more an error counts where the picture differs from its surroundings. An edge is a small part of it."""
 
@@ -73,10 +75,10 @@ def main() -> None:
         whole = options.batch_size // 2
         learns = step < APART * options.steps
         data = {}
-        if learns or step % 2:
+        if learns or step % TOLD == 1:
             scenes = sample_scenes(rng, whole, split="train", kinds=rng.permutation(SEEN).tolist())
             data["frames"], data["code"] = coded(scenes, [int(seed) for seed in rng.integers(1 << 62, size=whole)])
-        if learns or not step % 2:
+        if learns or step % TOLD != 1:
             pairs = generated.batch(rng, whole) if step % WHOLE == 0 else None
             pairs = pairs or windows(*generated.batch(rng, options.batch_size), rng)
             data["shown"], data["latents"] = pairs
