@@ -26,13 +26,13 @@ from models.pack.world import NUM_FRAMES
 
 CONFIG: dict[str, Any] = {
     "patch_size": (1, 2, 2),
-    "num_attention_heads": 4,
+    "num_attention_heads": 5,
     "attention_head_dim": 48,
     "in_channels": CHANNELS,
     "out_channels": CHANNELS,
     "text_dim": WIDTH,
     "freq_dim": 128,
-    "ffn_dim": 768,
+    "ffn_dim": 960,
     "num_layers": 6,
     "rope_max_seq_len": 64,
 }

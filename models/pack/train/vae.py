@@ -49,12 +49,8 @@ SEEN: tuple[Kind, ...] = ("one", "two", "cut", "cut")
 """Kinds of the clips that are encoded: what a cut ends is all that an encoder must forget."""
 WINDOW = 4
 """Cells along a window's side."""
-WHOLE = 4
-"""One step in so many draws whole clips."""
 APART = 0.5
 """Share of the steps in which the encoder learns too."""
-TOLD = 4
-"""After them, one step in so many draws what the encoder tells."""
 DETAIL = 5.0
 """How much more an error counts where the picture differs from its surroundings. An edge is a small part of it."""
 
@@ -73,15 +69,15 @@ def main() -> None:
     def make(step: int) -> dict[str, np.ndarray]:
         rng = stream(options.seed, step)
         whole = options.batch_size // 2
-        learns = step < APART * options.steps
+        learns, turn = step < APART * options.steps, step % 3
         data = {}
-        if learns or step % TOLD == 1:
+        if learns or turn == 0:
             scenes = sample_scenes(rng, whole, split="train", kinds=rng.permutation(SEEN).tolist())
             data["frames"], data["code"] = coded(scenes, [int(seed) for seed in rng.integers(1 << 62, size=whole)])
-        if learns or step % TOLD != 1:
-            pairs = generated.batch(rng, whole) if step % WHOLE == 0 else None
-            pairs = pairs or windows(*generated.batch(rng, options.batch_size), rng)
-            data["shown"], data["latents"] = pairs
+        if learns or turn == 1:
+            data["shown"], data["latents"] = generated.batch(rng, whole)
+        if turn == 2:
+            data["shown"], data["latents"] = windows(*generated.batch(rng, options.batch_size), rng)
         return data
 
     def loss(step: int, data: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
