@@ -65,7 +65,7 @@ def main() -> None:
         ends = [clip[np.linspace(0, len(clip) - 1, NUM_FRAMES).round().astype(int)] for clip in long.clips]
         contact_sheet(np.stack(ends), list(long.asked.prompts)).save(options.sheet, optimize=True)
     print(f"{options.prompts} videos of {options.frames} frames, {options.steps} steps, guidance {options.guidance:g}")
-    print(table([*_accuracy(short, long), _seams(long), *_memory(options)]))
+    print(table([*_accuracy(short, long), *_seams(short, long), *_memory(options)]))
 
 
 def _asked(count: int, seed: int, num_frames: int) -> Asked:
@@ -95,23 +95,21 @@ def _accuracy(short: Generated, long: Generated) -> Iterator[Figure]:
         )
 
 
-def _seams(long: Generated) -> Figure:
-    """Mean change from frame to frame where blocks meet, by that elsewhere."""
+def _seams(short: Generated, long: Generated) -> Iterator[Figure]:
+    """Mean change from frame to frame where blocks meet, by that elsewhere; of clips, where latent frames meet."""
     frames, context = BLOCKS
-    total = (long.asked.num_frames - 1) // 4 + 1
-    blocks = Blocks.covering(total, frames, context)
-    firsts = [context + frames * block for block in range(1, blocks.count)]
-    change = np.stack([np.abs(np.diff(clip.astype(np.int16), axis=0)).mean(axis=(1, 2, 3)) for clip in long.clips])
-    seam = np.zeros(change.shape[1], dtype=bool)
-    seam[[4 * latent - 4 for latent in firsts]] = True  # from frame 4 k - 4 to the first of latent frame k
-    return resampled(
-        "long",
-        "change at seams by change elsewhere",
-        lambda each: float(each[:, seam].mean() / each[:, ~seam].mean()),
-        change,
-        target=SEAM,
-        sense="at most",
-    )
+    blocks = Blocks.covering((long.asked.num_frames - 1) // 4 + 1, frames, context)
+    latents = range(2, (NUM_FRAMES - 1) // 4 + 1)
+    yield _at(short, list(latents), "17 frames", "change where latent frames meet by change elsewhere")
+    met = _at(long, [context + frames * block for block in range(1, blocks.count)], "long", "change at seams, the same")
+    yield replace(met, target=SEAM, sense="at most")
+
+
+def _at(made: Generated, latents: list[int], part: str, name: str) -> Figure:
+    change = np.stack([np.abs(np.diff(clip.astype(np.int16), axis=0)).mean(axis=(1, 2, 3)) for clip in made.clips])
+    here = np.zeros(change.shape[1], dtype=bool)
+    here[[4 * latent - 4 for latent in latents]] = True  # from frame 4 k - 4 to the first of latent frame k
+    return resampled(part, name, lambda each: float(each[:, here].mean() / each[:, ~here].mean()), change)
 
 
 def _memory(options: argparse.Namespace) -> Iterator[Figure]:
