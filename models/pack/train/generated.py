@@ -17,19 +17,20 @@ import torch
 
 from models.pack.grammar import Scene, sample_scenes
 from models.pack.phrases import describe, parse
+from models.pack.train.assemble import FLOW_SHIFT
 from models.pack.train.code import CELLS, CHANNELS, SPAN
 from models.pack.train.denoiser import build_model
 from models.pack.train.fitted import fitted
 from models.pack.train.loop import PART, arguments, precision, read_parts, set_up, stream, write_parts
 from models.pack.train.text import build_tokenizer, embed, tokens
-from models.pack.world import NUM_FRAMES
+from models.pack.world import FRAME, NUM_FRAMES
 
 GUIDANCE = (1.75, 1.0, 1.75, 2.5)
 """Of the batches in turn."""
 HARD = {"cross", "star"}
 """Shapes with narrow parts, which a decoder learns last: clips that show one are drawn three times as often."""
 STEPS = 20
-SHIFT = 3.0
+CLIP = (NUM_FRAMES, FRAME, FRAME, 3)
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
             "scenes": [describe(scene) for scene in scenes],
             "latents": latents.astype(np.float16),
             "fits": [clip is not None for clip in clips],
-            "frames": np.stack([clip for clip in clips if clip is not None]),
+            "frames": np.asarray([clip for clip in clips if clip is not None], np.uint8).reshape(-1, *CLIP),
         }
 
     write_parts(Path(options.folder) / "generated", options, make)
@@ -68,7 +69,7 @@ def sampled(model: Any, tokenizer: Any, scenes: list[Scene], rng: np.random.Gene
     latents = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(device)
     said = embed(model["text_encoder"], *tokens(tokenizer, [describe(scene, rng) for scene in scenes], device))
     unsaid = embed(model["text_encoder"], *tokens(tokenizer, [""] * len(scenes), device))
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT)
     scheduler.set_timesteps(STEPS, device=device)
     for timestep in scheduler.timesteps:
         at = timestep.expand(len(scenes))
@@ -93,7 +94,7 @@ class Generated:
         self.fits = np.flatnonzero(np.concatenate([part["fits"] for part in parts]))
         hard = [bool(HARD & {figure.shape for figure in self.scenes[at].figures}) for at in self.fits]
         often = np.where(hard, 3.0, 1.0)
-        self.chances = often / often.sum()
+        self.chances = often / max(often.sum(), 1.0)
 
     def batch(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Clips, uint8 [size, T, 64, 64, 3], and latents that tell them, float32 [size, CHANNELS, T', 8, 8]."""

@@ -65,6 +65,10 @@ def main() -> None:
     initialise(model)
     training = Training("vae", model.to(device), options)
     generated = Generated(Path(options.folder) / "generated")
+    if not len(generated.frames):
+        raise SystemExit(
+            f"{options.folder}/generated: no clip shows its prompt; train the denoiser longer and make them anew"
+        )
 
     def make(step: int) -> dict[str, np.ndarray]:
         rng = stream(options.seed, step)
