@@ -20,7 +20,7 @@ from models.families import GUIDANCE, Family, family_of
 from models.loading import GeneratorRef, Part, denoiser_of, load_pipeline, loaded_by_ranks, read_index
 from models.placement import device_of, dtype_of
 from models.plan import SamplerPlan
-from models.scenes import blend, encode_scenes
+from models.scenes import encode_scenes, texts_of
 from models.schedulers import build_scheduler
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ class Generator:
         embeds = {name: _argument(value, pipe.transformer.dtype, device) for name, value in conditions.items()}
         # One after the other through the queue, not beside each other: it fills and drains once for all of them.
         videos = [
-            Video(first[at : at + 1], partial(_texts_of, embeds, plan, blocks, at), [_step_noise(row)])
+            Video(first[at : at + 1], partial(texts_of, embeds, plan, blocks.count, at), [_step_noise(row)])
             for at, row in enumerate(noise)
         ]
 
@@ -330,17 +330,6 @@ class Generator:
             for name in ("sigmas", "timesteps")
             if getattr(scheduler, name, None) is not None
         }
-
-
-def _texts_of(
-    embeds: dict[str, torch.Tensor], plan: SamplerPlan, blocks: Blocks, at: int, block: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings of a sample's block, conditional and unconditional, each [1, tokens, width]."""
-    own = embeds["prompt_embeds"][at]
-    if plan.scenes is not None:
-        own = blend(own[: int(embeds["scenes"][at])], block, blocks.count, plan.scenes[1])
-    negative = embeds.get("negative_prompt_embeds")
-    return own[None], own[None] if negative is None else negative[at : at + 1]
 
 
 def block_error(temporal: int, num_frames: int, frames: int, context: int) -> str | None:

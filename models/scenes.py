@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from models.plan import SamplerPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +37,18 @@ def encode_scenes(
         place[: len(row["prompt_embeds"])] = row["prompt_embeds"]
     conditions = {name: np.stack([row[name][0] for row in rows]) for name in rows[0]}
     return conditions | {"prompt_embeds": embeds, "scenes": np.array([len(scenes) for scenes in parts])}
+
+
+def texts_of(
+    embeds: Mapping[str, Tensor], plan: SamplerPlan, blocks: int, at: int, block: int
+) -> tuple[Tensor, Tensor]:
+    """What a block of sample `at` is conditioned on, of conditions as encoded: embeddings with the prompt and without, each
+    [1, tokens, width]."""
+    own = embeds["prompt_embeds"][at]
+    if plan.scenes is not None:
+        own = blend(own[: int(embeds["scenes"][at])], block, blocks, plan.scenes[1])
+    negative = embeds.get("negative_prompt_embeds")
+    return own[None], own[None] if negative is None else negative[at : at + 1]
 
 
 def blend(scenes: Tensor, block: int, blocks: int, fade: float) -> Tensor:

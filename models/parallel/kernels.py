@@ -25,7 +25,7 @@ def kernel_of(attention: Attention) -> Kernel:
         return attend
     try:
         from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
-    except (ImportError, NotImplementedError) as error:  # it says NotImplementedError where there is no GPU
+    except (ImportError, NotImplementedError) as error:  # the second is what xfuser raises where there is no GPU
         raise UserError(
             f"{ATTENTION}: {attention} is a kernel of xfuser, which cannot be used here ({type(error).__name__}: {error});"
             " install ditmill[gpu] on a machine with a GPU, or use native"
