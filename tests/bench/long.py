@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,7 +56,9 @@ def main() -> None:
     blocks = replace(plan, blocks=BLOCKS)
     if options.peak:
         generate(ref, blocks, _asked(1, options.seed, options.peak), 1, options.seed, _say)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        # Not getrusage: its maximum is that of the parent too, from before this process was started.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
         return
     short = generate(ref, plan, _asked(options.prompts, options.seed, NUM_FRAMES), 16, options.seed, _say)
     long = generate(ref, blocks, _asked(options.prompts, options.seed, options.frames), 1, options.seed, _say)
