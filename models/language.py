@@ -18,6 +18,7 @@ from models.weights import refuse_missing
 
 if TYPE_CHECKING:
     import torch
+    from transformers import GenerationConfig, LogitsProcessor
 
 TOKENS_PER_FORWARD = 32768
 """Most padded tokens in one forward pass: what bounds memory, whatever the batch."""
@@ -56,9 +57,13 @@ class Language:
         self.device = device_of(ref.device)
         with quiet():
             try:
-                self.tokenizer = AutoTokenizer.from_pretrained(ref.path)
+                self.tokenizer = AutoTokenizer.from_pretrained(ref.path, trust_remote_code=False)
                 model, info = AutoModelForCausalLM.from_pretrained(
-                    ref.path, dtype=dtype_of(ref.dtype, self.device), output_loading_info=True
+                    ref.path,
+                    dtype=dtype_of(ref.dtype, self.device),
+                    output_loading_info=True,
+                    use_safetensors=True,
+                    trust_remote_code=False,
                 )
             except Exception as error:
                 raise UserError(
@@ -67,6 +72,7 @@ class Language:
                 ) from error
         refuse_missing(info["missing_keys"], "prompts.expand.model", ref.path)
         self.model = model.to(self.device).eval()
+        self.cuts = _cuts(self.model.generation_config)
         self.context = min(
             getattr(self.model.config, "max_position_embeddings", TOKENS_PER_FORWARD), TOKENS_PER_FORWARD
         )
@@ -115,7 +121,7 @@ class Language:
 
         inputs = self.tokenizer.pad({"input_ids": conversations}, return_tensors="pt").to(self.device)
         length = inputs["input_ids"].shape[1]
-        processors = LogitsProcessorList([_Draw(temperature, noise, length)] if temperature > 0 else [])
+        processors = LogitsProcessorList([_Draw(temperature, self.cuts, noise, length)] if temperature > 0 else [])
         with torch.inference_mode():
             tokens = self.model.generate(
                 **inputs,
@@ -131,16 +137,31 @@ class Language:
         return self.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
 
 
+def _cuts(sampling: GenerationConfig) -> list[LogitsProcessor]:
+    """What a checkpoint's generation_config leaves out of its distribution at a temperature: top_k, top_p, min_p."""
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    found: list[LogitsProcessor] = []
+    if sampling.top_k:
+        found.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p is not None and 0 < sampling.top_p < 1:
+        found.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        found.append(MinPLogitsWarper(sampling.min_p))
+    return found
+
+
 class _Draw:
     """Samples inside a greedy decode: each row's next token is where its own uniform number falls in its distribution.
 
     transformers' sampling draws from one generator for the whole batch, which makes a row depend on its neighbours.
     """
 
-    def __init__(self, temperature: float, noise: np.ndarray, prompt_length: int) -> None:
+    def __init__(self, temperature: float, cuts: list[LogitsProcessor], noise: np.ndarray, prompt_length: int) -> None:
         import torch
 
         self.temperature = temperature
+        self.cuts = cuts
         self.noise = torch.from_numpy(noise)
         self.prompt_length = prompt_length
 
@@ -148,7 +169,10 @@ class _Draw:
         import torch
 
         step = input_ids.shape[1] - self.prompt_length
-        mass = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(dim=-1)
+        likely = scores.double() / self.temperature
+        for cut in self.cuts:
+            likely = cut(input_ids, likely)
+        mass = torch.softmax(likely, dim=-1).cumsum(dim=-1)
         point = self.noise[:, step, None].to(mass) * mass[:, -1:]
         drawn = torch.searchsorted(mass, point, right=True).clamp_(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)

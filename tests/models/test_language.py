@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from infra.errors import UserError
 from models import language
@@ -58,12 +59,24 @@ def test_expand_at_temperature_zero_is_greedy(expander):
 def test_draw_follows_the_distribution(temperature):
     rows, logits = 20000, torch.log(torch.tensor([0.5, 0.3, 0.2, 0.0]))
     noise = np.stack([language._uniform(0, f"prompt {row}", 0, 1) for row in range(rows)])
-    draw = language._Draw(temperature, noise, prompt_length=7)
+    draw = language._Draw(temperature, [], noise, prompt_length=7)
     drawn = draw(torch.zeros(rows, 7, dtype=torch.long), logits.expand(rows, 4)).argmax(dim=-1)
     expected = torch.softmax(logits / temperature, dim=-1)
     deviation = (expected * (1 - expected) / rows).sqrt()
     frequency = torch.bincount(drawn, minlength=4) / rows
     assert ((frequency - expected).abs() <= 4 * deviation).all()
+
+
+@pytest.mark.parametrize(
+    ("cuts", "left"),
+    [({}, 4), ({"top_k": 3}, 3), ({"top_p": 0.7}, 2), ({"min_p": 0.45}, 2), ({"top_k": 3, "min_p": 0.9}, 1)],
+)
+def test_draw_cuts_as_the_checkpoint_says(cuts, left):
+    rows, logits = 1000, torch.log(torch.tensor([0.45, 0.3, 0.15, 0.1]))
+    noise = np.stack([language._uniform(0, f"prompt {row}", 0, 1) for row in range(rows)])
+    draw = language._Draw(1.0, language._cuts(GenerationConfig(do_sample=True, **cuts)), noise, prompt_length=1)
+    drawn = draw(torch.zeros(rows, 1, dtype=torch.long), logits.expand(rows, 4)).argmax(dim=-1)
+    assert sorted(set(drawn.tolist())) == list(range(left))
 
 
 def test_expand_falls_back_to_a_prompt_that_is_too_long(expander):

@@ -74,6 +74,8 @@ def build_generator(parts: Path, folder: Path) -> None:
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
         ),
     )
+    for part in (pipe.vae, pipe.transformer):
+        part.register_to_config(_name_or_path="")  # a folder of this machine
     pipe.save_pretrained(folder, safe_serialization=True)
     (folder / "README.md").write_text(CARD)
 

@@ -78,7 +78,15 @@ def held_out(count: int, seed: int, *, kinds: Sequence[Kind] = KINDS, image: boo
 def generate(
     ref: GeneratorRef, plan: SamplerPlan, asked: Asked, batch_size: int, seed: int, say: Progress
 ) -> Generated:
-    """Through the stages of a run, from the noise that a run with this seed gives these prompts."""
+    """Through the stages of a run, from the noise that a run with this seed gives these prompts, and read by the oracle."""
+    made, means = make(ref, plan, asked, batch_size, seed, say)
+    return Generated(asked, made, tuple(map(read, made)), means)
+
+
+def make(
+    ref: GeneratorRef, plan: SamplerPlan, asked: Asked, batch_size: int, seed: int, say: Progress
+) -> tuple[np.ndarray, dict[str, float]]:
+    """The frames, and the CPU-seconds of each stage for a sample."""
     settings = ((ref,), plan, batch_size, 1)
     stages = (EncodeText(*settings), SampleLatents(*settings), DecodeLatents(*settings))
     for stage in stages:
@@ -95,10 +103,8 @@ def generate(
         clips.append(batch["frames"])
         each = sum(times[-1] for times in seconds.values())
         say(f"generated {start + len(prompts)} of {len(asked.prompts)}, {each:.2f} CPU-seconds each")
-    made = np.concatenate(clips)
     # The first batch also pays for what happens once.
-    means = {name: float(np.mean(times[1:] or times)) for name, times in seconds.items()}
-    return Generated(asked, made, tuple(map(read, made)), means)
+    return np.concatenate(clips), {name: float(np.mean(times[1:] or times)) for name, times in seconds.items()}
 
 
 def _batch(prompts: list[str], num_frames: int, seed: int) -> Batch:
