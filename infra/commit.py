@@ -13,13 +13,14 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.schema import KEYS
-from infra.storage import Storage
+from infra.storage import DELTA_ATTEMPTS, Storage, pauses
 from infra.tables import Table
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Committer:
     def __init__(self, table: Table, run_id: str) -> None:
         self.table = table
         self.run_id = run_id
+        self._credentials = _hashed(table.storage.delta_options)
         self._handle: DeltaTable = table.ensure()
         self._seen: int = self._handle.version()
         self._taken: set[Key] = set()
@@ -88,6 +90,7 @@ class Committer:
         from deltalake.exceptions import CommitFailedError, DeltaError
 
         rows = sum(part.rows for part in parts)
+        lost = pauses(1 if self.table.storage.is_local else DELTA_ATTEMPTS)
         for attempt in range(MAX_ROUNDS):
             self._look()
             new = [part for part in parts if part.path not in self._ours]
@@ -101,10 +104,14 @@ class Committer:
                 time.sleep(min(1.0, 0.01 * 2**attempt))
                 continue
             except (DeltaError, OSError):
-                # The answer may have been lost after the commit was made: look before deciding.
+                # The answer may have been lost after the commit was made: look before deciding. To make it again is safe,
+                # also where the first request still lands: only one of the two can be that version.
                 self._look()
                 if not all(self._given(part.path) in self._ours for part in ready):
-                    raise
+                    if (pause := next(lost, None)) is None:
+                        raise
+                    time.sleep(pause)
+                    continue
             self._note(part.path for part in ready)
             break
         else:
@@ -117,7 +124,10 @@ class Committer:
 
     def _look(self) -> None:
         """Take in the versions since the last look."""
-        self._handle.update_incremental()
+        storage = self.table.storage
+        if self._credentials != (now := _hashed(storage.delta_options)):  # a handle keeps those it was opened with
+            self._credentials, self._handle = now, self.table.ensure()
+        storage.patiently(self._handle.update_incremental)
         latest = self._handle.version()
         for commit in self.table.commits_since(self._seen, latest):
             if commit.metadata.get(FENCE) == self.run_id:
@@ -155,6 +165,11 @@ class Committer:
         written = write_part(self.table.storage, f"{stem}-v{self._seen}.parquet", left)
         self._rewritten[written.path] = (part.path, written.rows)
         return written
+
+
+def _hashed(options: dict[str, str]) -> int:
+    """What tells options from others, and does not tell what is in them."""
+    return hash(frozenset(options.items()))
 
 
 def _rows(table: pa.Table, names: list[str]) -> Iterator[Key]:
@@ -196,7 +211,8 @@ def fence(table: Table, run_id: str) -> None:
         if handle is None:
             return
         try:
-            _append(handle, [], {FENCE: run_id})
+            # Where an answer is lost there may be two fences: one holds as well as two.
+            table.storage.patiently(partial(_append, handle, [], {FENCE: run_id}))
             return
         except CommitFailedError:
             time.sleep(min(1.0, 0.01 * 2**attempt))

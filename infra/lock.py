@@ -1,4 +1,4 @@
-"""Writes requirements.lock and requirements-test.lock: every version that the core and the tests install.
+"""Writes requirements.lock, and what the tests and the extra `telemetry` install besides: every version.
 
     python -m infra.lock python3.11 python3.12
 
@@ -37,18 +37,25 @@ def main(interpreters: list[str]) -> None:
     """Resolve for `interpreters` (names or paths, oldest Python first) and write both files here."""
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     core_roots = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
-    test_roots = project["project"]["optional-dependencies"]["test"]
+    extras = {name: project["project"]["optional-dependencies"][name] for name in ("test", "telemetry")}
     core: dict[str, Versions] = {}
-    test: dict[str, Versions] = {}
+    besides: dict[str, dict[str, Versions]] = {name: {} for name in extras}
     pinned: Versions = {}
     for interpreter in interpreters:
         python = _run([interpreter, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).strip()
         core[python] = resolve(interpreter, core_roots, pinned)
-        both = resolve(interpreter, [*core_roots, *test_roots], pinned | core[python])
-        test[python] = {name: version for name, version in both.items() if name not in core[python]}
-        pinned = pinned or both
+        known = pinned | core[python]
+        for extra, roots in extras.items():
+            found = resolve(interpreter, [*core_roots, *roots], known)
+            besides[extra][python] = {name: version for name, version in found.items() if name not in core[python]}
+            known = known | found
+        pinned = pinned or known
     Path("requirements.lock").write_text(render(core, "What ditmill runs on"), encoding="utf-8")
-    Path("requirements-test.lock").write_text(render(test, "What its tests need besides"), encoding="utf-8")
+    for extra, title in (
+        ("test", "What its tests need besides"),
+        ("telemetry", "What the extra `telemetry` needs besides"),
+    ):
+        Path(f"requirements-{extra}.lock").write_text(render(besides[extra], title), encoding="utf-8")
 
 
 def resolve(interpreter: str, requirements: list[str], pinned: Versions) -> Versions:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+from infra import quarantine
 from infra.guardian import guarded
+from infra.metrics import export_port
 
 REPO = Path(__file__).resolve().parent.parent
 ROOMS = ("flows", "pipelines", "stages", "models", "infra")
+
+KIND = "accelerator_type:"
+"""How Ray names the resource that says which accelerator a node has."""
 
 CENTRAL = ("raylet", "gcs_server")
 
@@ -30,11 +39,25 @@ QUIET = {
 }
 
 
+class Cluster(NamedTuple):
+    """What a run may use of its Ray cluster."""
+
+    cpus: float
+    gpus: float
+    kinds: Mapping[str, float] = MappingProxyType({})
+    """GPUs of each accelerator type that Ray knows of."""
+
+    def free(self) -> Cluster:
+        """The same without what is kept from everybody (see infra.quarantine)."""
+        left = quarantine.left()
+        return self._replace(cpus=min(self.cpus, left.cpus), gpus=min(self.gpus, left.gpus))
+
+
 @contextlib.contextmanager
 def ray_session(
-    address: str | None, env: dict[str, str], limits: dict[str, float] | None = None
-) -> Iterator[dict[str, float]]:
-    """Connect to the cluster at `address`, or start one here; yields its CPUs and GPUs, within `limits`.
+    address: str | None, env: dict[str, str], limits: Mapping[str, float] | None = None
+) -> Iterator[Cluster]:
+    """Connect to the cluster at `address`, or start one here; yields what it has, within `limits`.
 
     Args:
         address: of a running cluster; None starts one.
@@ -55,10 +78,11 @@ def ray_session(
         runtime_env["env_vars"] = {name: value for name, value in env.items() if name != "PYTHONPATH"}
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
+            port = export_port() if address is None else None
             if address is None:
                 stack.enter_context(guarded())
             verbose = os.environ.get("DITMILL_LOG_LEVEL", "").upper() in ("DEBUG", "INFO")
-            with contextlib.nullcontext() if verbose else _stderr_away():
+            with _sigterm_kept(), contextlib.nullcontext() if verbose else _stderr_away():
                 ray.init(
                     # "local" starts a cluster also where RAY_ADDRESS names one: specs say where they run.
                     address=address or "local",
@@ -66,16 +90,27 @@ def ray_session(
                     include_dashboard=False if address is None else None,
                     logging_level="ERROR",
                     log_to_driver=verbose,
+                    _metrics_export_port=port,
                 )
             stack.callback(ray.shutdown)
             _own.clear()
+            quarantine.forget()
             if address is None:
                 _own.update(_children())
         found = ray.cluster_resources()
         asked = limits or {}
         cpus = min(found.get("CPU", 1.0), asked.get("cpus", float("inf")))
         gpus = min(found.get("GPU", 0.0), asked.get("gpus", float("inf")))
-        yield {"cpus": cpus, "gpus": gpus}
+        yield Cluster(cpus, gpus, _kinds(ray.nodes()))
+
+
+def _kinds(nodes: list[dict[str, Any]]) -> Mapping[str, float]:
+    found: dict[str, float] = defaultdict(float)
+    for node in nodes:
+        for name in node["Resources"] if node["Alive"] else ():
+            if name.startswith(KIND):
+                found[name.removeprefix(KIND)] += node["Resources"].get("GPU", 0.0)
+    return found
 
 
 def session_lives() -> bool:
@@ -85,6 +120,11 @@ def session_lives() -> bool:
     before can end the session properly and start another.
     """
     return not _own or _own <= _children()
+
+
+def started_here() -> bool:
+    """Whether this process started the Ray session, so that all of it is on this machine."""
+    return bool(_own)
 
 
 _own: set[tuple[str, int]] = set()
@@ -100,6 +140,15 @@ def _children() -> set[tuple[str, int]]:
             if child.name() in CENTRAL and child.status() != psutil.STATUS_ZOMBIE:
                 found.add((child.name(), child.pid))
     return found
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray puts a handler of its own, which ends the process, in the place of one that finishes what is in hand."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

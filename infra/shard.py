@@ -26,6 +26,17 @@ Place = tuple[int, int]
 """Offset of a member's data in its tar, and its length, in bytes."""
 
 
+def outside(shard: str | None) -> bool:
+    """Whether a row's reference leads out of its dataset's root. Rows are as trustworthy as who wrote the dataset."""
+    name = shard or ""
+    return not name or "://" in name or "\0" in name or name.startswith("/") or ".." in name.split("/")
+
+
+def is_member(name: str, sample_id: str) -> bool:
+    """Whether a tar's member is named as those of a sample are: by its id."""
+    return MEMBER.fullmatch(name) is not None and len(name) <= LONGEST_NAME and name.startswith(f"{sample_id}.")
+
+
 class SupportsWrite(Protocol):
     """A file that can be written to."""
 

@@ -8,24 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import posixpath
+import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 from uuid import uuid4
 
 from infra.errors import UserError
+from infra.secrets import refuse_credentials
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+T = TypeVar("T")
+
 CREATE_ATTEMPTS = 5
+DELTA_ATTEMPTS = 6
+"""deltalake repeats most requests itself; not a listing that is cut short, nor a conditional put that was not answered."""
+
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 """What a disk says that is full, or that will not be written by this user."""
 
@@ -39,6 +47,10 @@ def reaching(root: str) -> Iterator[None]:
         if not isinstance(error, OSError) and not type(error).__module__.startswith(("botocore", "aiobotocore")):
             raise
         said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+        answer = getattr(error.__cause__, "response", None)
+        code = str(answer.get("Error", {}).get("Code", "")) if isinstance(answer, dict) else ""
+        if code and code not in said:  # Ceph's answers have no other words
+            said = code if said in ("", "None") else f"{code}: {said}"
         raise UserError(
             f"output.uri: {root} cannot be reached ({type(error).__name__}: {said[:300]}); check the name, the credentials"
             " in the environment and output.storage"
@@ -64,25 +76,57 @@ def refused(error: Exception) -> str | None:
     return os.strerror(number) if number in REFUSED else None
 
 
+def pauses(attempts: int) -> Iterator[float]:
+    """Seconds to wait after each failed attempt but the last: random, so that many clients do not come back at once."""
+    for attempt in range(attempts - 1):
+        yield random.uniform(0, min(8.0, 0.1 * 2**attempt))
+
+
 @dataclass(frozen=True)
 class Storage:
-    """A dataset's root. Frozen and picklable: a worker opens its own connections. Credentials come from the environment."""
+    """A dataset's root. Frozen and picklable: a worker opens its own connections, with credentials that it finds itself.
+
+    Args:
+        root: a folder or an fsspec URL.
+        endpoint_url: the S3 endpoint; None for the provider's own.
+        region: of the bucket.
+        allow_http: whether the endpoint may be one without TLS.
+        path_style: whether the bucket is in the path and not in the host's name; None: it is where there is an endpoint_url.
+        profile: named profile of the AWS configuration files that credentials come from; None for the usual chain.
+        server_side_encryption: AES256 or aws:kms; None leaves it to the bucket.
+        kms_key_id: the key of aws:kms.
+        timeout: seconds without an answer after which a request is given up and repeated.
+    """
 
     root: str
     endpoint_url: str | None = None
     region: str | None = None
     allow_http: bool = False
+    path_style: bool | None = None
+    profile: str | None = None
+    server_side_encryption: str | None = None
+    kms_key_id: str | None = None
+    timeout: float = 20.0
+
+    def __post_init__(self) -> None:
+        refuse_credentials("output.uri", self.root)
+        refuse_credentials("output.storage.endpoint_url", self.endpoint_url or "")
 
     @cached_property
     def fs(self) -> AbstractFileSystem:
         import fsspec
 
         if not self.is_s3:
-            return fsspec.filesystem(self.protocol)
-        client: dict[str, Any] = {}
-        if self.region:
-            client["region_name"] = self.region
-        return fsspec.filesystem("s3", endpoint_url=self.endpoint_url, client_kwargs=client, use_listings_cache=False)
+            try:
+                return fsspec.filesystem(self.protocol)
+            except (ValueError, ImportError) as error:
+                said = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"output.uri: {self.root} cannot be reached ({said}); give a folder or an s3:// URL"
+                ) from error
+        from infra.s3 import filesystem
+
+        return filesystem(self)
 
     @property
     def protocol(self) -> str:
@@ -102,11 +146,16 @@ class Storage:
         return posixpath.join(root, name) if name else root
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        if not self.is_local:
+        if self.is_local:
+            with self.writing(name) as file:
+                file.write(data)
+        elif self.is_s3:
+            from infra.s3 import PART_BYTES
+
+            with self._completing(name, len(data)):
+                self.fs.pipe_file(self.path(name), data, chunksize=PART_BYTES)
+        else:
             self.fs.pipe_file(self.path(name), data)
-            return
-        with self.writing(name) as file:
-            file.write(data)
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
@@ -116,11 +165,13 @@ class Storage:
             file = self.fs.open(path, "wb")
             try:
                 yield file
+                with self._completing(name, file.tell()):
+                    file.close()
             except BaseException:
-                file.discard()
                 file.closed = True  # or it would upload what is left when it is collected
+                with contextlib.suppress(OSError):
+                    file.discard()
                 raise
-            file.close()
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
         temporary = f"{path}.{uuid4().hex[:8]}.tmp"
@@ -134,6 +185,15 @@ class Storage:
             if isinstance(error, OSError) and error.filename is None:
                 error.filename = path  # a full disk does not say which
             raise
+
+    @contextlib.contextmanager
+    def _completing(self, name: str, nbytes: int) -> Iterator[None]:
+        """The answer to the end of an upload in parts may be lost; asked again, S3 says that it knows of no such upload."""
+        try:
+            yield
+        except FileNotFoundError:
+            if self.size(name) != nbytes:
+                raise
 
     def create_bytes(self, name: str, data: bytes) -> bool:
         """Write a file unless there is one of that name; whether it is there with this data now.
@@ -161,6 +221,8 @@ class Storage:
                 return True
             except FileExistsError:
                 break
+            except ConnectionError:
+                raise  # asked often enough
             except OSError:
                 # Stores that are not AWS say "it exists" in other words, and any may say "somebody else is at it".
                 if self.exists(name):
@@ -173,6 +235,20 @@ class Storage:
 
     def read_bytes(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         return bytes(self.fs.cat_file(self.path(name), start=start, end=end))
+
+    def read_ranges(self, places: list[tuple[str, int, int]]) -> list[bytes]:
+        """The bytes from start to end of each (name, start, end), asked for at once where the filesystem can."""
+        if not places:
+            return []
+        names, starts, ends = zip(*places, strict=True)
+        found = self.fs.cat_ranges([self.path(name) for name in names], list(starts), list(ends), on_error="raise")
+        return [bytes(data) for data in found]
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[io.BufferedIOBase]:
+        """A file to read from its beginning to its end."""
+        with self.fs.open(self.path(name), "rb", cache_type="readahead") as file:
+            yield file
 
     def exists(self, name: str) -> bool:
         return bool(self.fs.exists(self.path(name)))
@@ -206,18 +282,27 @@ class Storage:
 
     @property
     def delta_options(self) -> dict[str, str]:
-        """What deltalake needs to reach the same place."""
+        """What deltalake needs to reach the same place, credentials included: not to be kept, nor to be shown."""
         if not self.is_s3:
             return {}
-        options = {"conditional_put": "etag"}
-        if self.endpoint_url:
-            options["aws_endpoint_url"] = self.endpoint_url
-            options["aws_virtual_hosted_style_request"] = "false"
-        if self.region:
-            options["aws_region"] = self.region
-        if self.allow_http:
-            options["aws_allow_http"] = "true"
-        return options
+        from infra.s3 import delta_options
+
+        return delta_options(self)
+
+    def patiently(self, ask: Callable[[], T]) -> T:
+        """What deltalake gives, asked again where an object store failed it. For what may be done twice."""
+        if self.is_local:
+            return ask()
+        from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+
+        for pause in pauses(DELTA_ATTEMPTS):
+            try:
+                return ask()
+            except (CommitFailedError, TableNotFoundError):
+                raise
+            except (DeltaError, OSError):
+                time.sleep(pause)
+        return ask()
 
     def delta_uri(self, table: str) -> str:
         return f"s3://{self.path(table)}" if self.is_s3 else self.path(table)

@@ -50,13 +50,17 @@ class Table:
         from deltalake import DeltaTable
         from deltalake.exceptions import TableNotFoundError
 
+        uri = self.storage.delta_uri(self.name)
         try:
-            return DeltaTable(self.storage.delta_uri(self.name), storage_options=self.storage.delta_options)
+            return self.storage.patiently(lambda: DeltaTable(uri, storage_options=self.storage.delta_options))
         except TableNotFoundError:
             return None
 
     def ensure(self) -> DeltaTable:
         """The table, created empty where it does not exist. Two may do so at once."""
+        return self.storage.patiently(self._ensure)
+
+    def _ensure(self) -> DeltaTable:
         from deltalake import DeltaTable, Schema
         from deltalake.exceptions import DeltaError
 
@@ -74,7 +78,7 @@ class Table:
                 configuration=LOG_KEPT,
                 storage_options=self.storage.delta_options,
             )
-        except DeltaError:
+        except (DeltaError, OSError):
             found = self.handle()
             if found is None:
                 raise

@@ -13,6 +13,8 @@ from typing import Any
 
 import structlog
 
+from infra.secrets import redact
+
 LEVEL = "DITMILL_LOG_LEVEL"
 
 
@@ -27,6 +29,7 @@ def configure(**everywhere: str) -> None:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             structlog.processors.UnicodeDecoder(),
+            _without_secrets,
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -46,6 +49,11 @@ def _with_values(_logger: Any, _method: str, event: MutableMapping[str, Any]) ->
     for name, value in _values.items():
         event.setdefault(name, value)
     return event
+
+
+def _without_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What libraries say of a URL that failed has all of it."""
+    return {name: redact(value) if isinstance(value, str) else value for name, value in event.items()}
 
 
 bound = structlog.contextvars.bound_contextvars

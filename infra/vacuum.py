@@ -40,7 +40,21 @@ def vacuum(storage: Storage, dry_run: bool = False, older_than: float = OLD_SECO
         removed.append(name)
         if not dry_run:
             storage.delete(name)
+    removed += _abort_uploads(storage, dry_run, older_than) if storage.is_s3 else []
     return sorted(set(removed))
+
+
+def _abort_uploads(storage: Storage, dry_run: bool, older_than: float) -> list[str]:
+    """Uploads in parts that a killed process left: nobody else would ever end them."""
+    from infra.s3 import abort_upload, unfinished_uploads
+
+    try:
+        found = [upload for upload in unfinished_uploads(storage) if time.time() - upload.began > older_than]
+    except PermissionError:
+        return []  # it takes a right of its own to list them
+    for upload in [] if dry_run else found:
+        abort_upload(storage, upload)
+    return [f"{upload.name} (unfinished upload)" for upload in found]
 
 
 def _unreferenced(storage: Storage, any_live: bool) -> Iterator[str]:

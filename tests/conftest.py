@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -18,9 +18,9 @@ from uuid import uuid4
 import pytest
 
 if TYPE_CHECKING:
+    from infra.ray_session import Cluster
     from infra.storage import Storage
     from pipelines.generate import Outcome, Progress, StopRequest
-    from pipelines.run import Cluster
     from pipelines.spec import Spec
 
 REPO = Path(__file__).parents[1]
@@ -41,6 +41,10 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     RAY_USAGE_STATS_ENABLED="0",
+    # Said once: Ray's own `init` turns the token on for this process alone, and a cluster of `ray start` without it then
+    # cannot reach this process and ends its actors, "all references removed".
+    RAY_AUTH_MODE="token",
+    RAY_AUTH_TOKEN="the-token-of-the-tests-0123456789abcdef",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     AWS_EC2_METADATA_DISABLED="true",
     AWS_ACCESS_KEY_ID="tests",
@@ -50,9 +54,39 @@ os.environ.update(
 os.environ.setdefault("DITMILL_CACHE", str(_cache_folder()))
 
 
-@pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    """URL of an S3 server of this session's own, a process with one bucket, `bucket`; credentials are in the environment."""
+ON_CEPH = os.environ.get("DITMILL_TEST_S3") == "ceph"
+"""Whether only the tests on S3 run, on a Ceph instead of moto: a real store, which is started for the session."""
+
+CEPH_KEYS = {
+    "tests": "tests",
+    "AKIASTATIC": "wJalr/XUtnFEMI",
+    "AKIAKEPT": "wJalr/XUtnFEMI",
+    "AKIADISTINCTIVEKEY": "distinctive/Secret+Key",
+}
+"""Every key pair of a test: unlike moto, Ceph checks signatures."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if ON_CEPH:
+        others = [item for item in items if not _is_on_s3(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if _is_on_s3(item)]
+
+
+def _is_on_s3(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return "s3_endpoint" in getattr(item, "fixturenames", ()) or parameters.get("storage") == "s3"
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """URL of an S3 server with one bucket, `bucket`: moto's, or Ceph in `folder`. Credentials are in the environment."""
+    if ON_CEPH:
+        from infra.ceph import one_node_ceph
+
+        with one_node_ceph(folder, CEPH_KEYS) as store:
+            yield store.endpoint_url
+        return
     import boto3
 
     with socket.socket() as free:
@@ -74,6 +108,13 @@ def s3_endpoint() -> Iterator[str]:
             yield url
         finally:
             server.kill()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of an S3 server of this session's own."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as url:
+        yield url
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -122,14 +163,13 @@ def cluster(world: Path) -> Iterator[Cluster]:
     """One Ray session for a module, whose workers find tests/faults/own_judge.py."""
     from infra.ray_session import ray_session
     from pipelines.graph import worker_env
-    from pipelines.run import Cluster
 
     before = dict(os.environ)
     os.environ["PYTHONPATH"] = str(REPO / "tests" / "faults")
     os.environ["DITMILL_TEST_WORLD"] = str(world)
     try:
         with ray_session(None, worker_env(1)) as found:
-            yield Cluster(found["cpus"], found["gpus"])
+            yield found
     finally:
         os.environ.clear()
         os.environ.update(before)

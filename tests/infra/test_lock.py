@@ -25,11 +25,14 @@ def _locked(*files: str) -> dict[str, str]:
 CORE = _locked("requirements.lock")
 ALL = _locked("requirements.lock", "requirements-test.lock")
 
+TELEMETRY = _locked("requirements.lock", "requirements-telemetry.lock")
+
 
 @pytest.mark.parametrize(
     ("requirement", "locked"),
     [(item, CORE) for item in PROJECT["dependencies"]]
-    + [(item, ALL) for item in PROJECT["optional-dependencies"]["test"]],
+    + [(item, ALL) for item in PROJECT["optional-dependencies"]["test"]]
+    + [(item, TELEMETRY) for item in PROJECT["optional-dependencies"]["telemetry"]],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_lock_holds_what_the_project_asks_for(requirement: str, locked: dict[str, str]) -> None:
@@ -41,6 +44,12 @@ def test_lock_holds_what_the_project_asks_for(requirement: str, locked: dict[str
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_lock_is_what_is_installed(name: str) -> None:
     assert version(name).partition("+")[0] == ALL[name], "run: make install"
+
+
+def test_the_telemetry_lock_goes_with_that_of_the_tests() -> None:
+    assert {name: ALL[name] for name in ALL.keys() & TELEMETRY.keys()} == {
+        name: TELEMETRY[name] for name in ALL.keys() & TELEMETRY.keys()
+    }
 
 
 def test_s3_in_tests_and_in_runs_agree_on_one_botocore() -> None:

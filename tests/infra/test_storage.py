@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
 
 import pytest
+from botocore.exceptions import ClientError
 
-from infra.storage import Storage
+from infra.errors import UserError
+from infra.storage import Storage, reaching
 
 
 def test_storage_keeps_names_relative_to_its_root(storage):
@@ -105,3 +107,13 @@ def test_write_bytes_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         storage.write_bytes("samples/a.parquet", b"PAR1")
     assert list(storage.files()) == []
+
+
+@pytest.mark.parametrize(
+    ("message", "told"), [(None, "SignatureDoesNotMatch"), ("It differs", "SignatureDoesNotMatch: It differs")]
+)
+def test_what_a_store_refuses_is_told_with_its_code(message, told):
+    """Ceph gives no message."""
+    answer = ClientError({"Error": {"Code": "SignatureDoesNotMatch", "Message": message or ""}}, "ListObjectsV2")
+    with pytest.raises(UserError, match=rf"\(PermissionError: {told}\); check"), reaching("s3://bucket/x"):
+        raise PermissionError(message) from answer
