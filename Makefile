@@ -31,6 +31,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' requirements.lock)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 CORE := $(VENV)/.installed-core-$(shell (cat requirements.lock pyproject.toml; echo "$(TORCH)") | cksum | cut -d' ' -f1)
+TELEMETRY := $(VENV)/telemetry/.installed-$(shell cat requirements-telemetry.lock | cksum | cut -d' ' -f1)
 TEST := $(VENV)/.installed-test-$(shell cat requirements-test.lock | cksum | cut -d' ' -f1)
 step = @printf '==> %s\n' "$(1)"
 
@@ -49,9 +50,11 @@ run: $(CORE) ## install what ditmill needs and make the quickstart dataset; runn
 install: $(CORE) ## install what ditmill needs into a virtual environment, and nothing else
 
 .PHONY: test
-test: lint chromium ## lint and every test but the soak
-	$(call step,Tests)
-	@$(BIN)/python -m pytest -m "not soak" --durations=15
+test: lint chromium $(TELEMETRY) ## lint and every test but the soak
+	$(call step,Tests without Ray)
+	@$(BIN)/python -m pytest -n 2 -m "not soak and not ray"
+	$(call step,Tests with Ray)
+	@$(BIN)/python -m pytest -m "ray and not soak" --durations=15
 
 .PHONY: check
 check: lint chromium ## lint and the tests that need no Ray, in under three minutes
@@ -69,9 +72,14 @@ lint: $(CORE) $(TEST) ## ruff, the arrows between the folders, types
 	@$(BIN)/mypy
 
 .PHONY: soak
-soak: $(CORE) $(TEST) ## the long tests: a hundred kills at random moments
+soak: $(CORE) $(TEST) ## the long tests: a hundred kills at random moments, 10,000 spoilt files; the tests on S3 again, on Ceph
 	$(call step,Soak)
 	@$(BIN)/python -m pytest -m soak --timeout=0 --durations=0 -s
+	$(call step,S3 on Ceph)
+	@if command -v ceph-mon >/dev/null && command -v ceph-osd >/dev/null && command -v radosgw >/dev/null; then \
+		DITMILL_TEST_S3=ceph $(BIN)/python -m pytest --durations=5 -s; \
+	else echo "Ceph not found, left out: $$(sed -n 's/^ *\(apt-get install .*\)/\1/p' infra/ceph.py) (as root)"; \
+	fi
 
 .PHONY: bench
 bench: $(CORE) ## the benchmarks, each beside its baseline
@@ -140,6 +148,13 @@ $(TEST): | $(CORE)
 	$(call step,Installing $$(grep -c == requirements-test.lock) packages for the tests)
 	@$(PIP) install --no-deps -r requirements-test.lock
 	@rm -f $(VENV)/.installed-test-* && touch $@
+
+# Apart, so that all but the tests that need it have the Ray that most users have: the whole one starts more for each session.
+$(TELEMETRY): | $(CORE)
+	$(call step,Installing $$(grep -c == requirements-telemetry.lock) packages for the tests of telemetry)
+	@rm -rf $(VENV)/telemetry
+	@$(PIP) install --no-deps --target $(VENV)/telemetry -r requirements-telemetry.lock
+	@touch $@
 
 # The tests of the report look at it in a browser.
 .PHONY: chromium

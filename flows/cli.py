@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.arguments import nbytes, refusal_of, spec_of, stored_dataset, worker_environment
 from infra.errors import UserError
+from infra.printable import printable
+from infra.secrets import redact
 
 if TYPE_CHECKING:
-    from infra.storage import Storage
     from pipelines.spec import Spec
 
 app = typer.Typer(
@@ -40,13 +42,22 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        print(f"ditmill: {error}", file=sys.stderr)
+        _complain(error)
         raise SystemExit(2) from None
     except Exception as error:
-        if not (mistake := _refused(error)):
+        if not (mistake := refusal_of(error)):
             raise
-        print(f"ditmill: {mistake}", file=sys.stderr)
+        _complain(mistake)
         raise SystemExit(2) from None
+
+
+def _complain(mistake: object) -> None:
+    print(f"ditmill: {printable(redact(str(mistake)))}", file=sys.stderr)
+
+
+def _say(found: object) -> None:
+    """Print for a person: what a prompt or a name brings along does not steer the terminal."""
+    print(printable(found))
 
 
 @app.command()
@@ -99,12 +110,12 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What would run, what it would cost, and what differs from what the dataset holds. Runs nothing."""
-    _worker_environment()
+    worker_environment()
     from pipelines.plan import make_plan, render
     from pipelines.spec import load_spec
 
     found = make_plan(load_spec(spec_path, overrides), calibrate=calibrate)
-    print(json.dumps(found.as_dict(), indent=2) if as_json else render(found, str(spec_path)))
+    print(json.dumps(found.as_dict(), indent=2) if as_json else printable(render(found, str(spec_path))))
 
 
 @app.command()
@@ -133,12 +144,43 @@ def _run(spec: Spec, as_json: bool, retry_failed: bool) -> None:
 
 
 @app.command()
+def deploy(
+    spec_path: SpecPath,
+    cron: Annotated[str | None, typer.Option(help="Cron expression; replaces the spec's schedule.")] = None,
+    every: Annotated[str | None, typer.Option(help="A duration such as 6h, in the place of cron.")] = None,
+    work_pool: Annotated[str, typer.Option(help="Prefect work pool whose workers run it.")] = "ditmill",
+    image: Annotated[
+        str | None, typer.Option(help="Image that holds ditmill, for pools that start containers.")
+    ] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="No pool: run the ticks here until interrupted.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """A Prefect deployment of the same flow, on a schedule. The spec is stored with it: deploy again when it changes."""
+    from pipelines.resolve import resolve_spec
+    from pipelines.spec import load_spec
+
+    clock = [f"schedule.{key}={value}" for key, value in (("cron", cron), ("every", every)) if value]
+    if clock:
+        clock += [f"schedule.{key}=null" for key, value in (("cron", cron), ("every", every)) if not value]
+    # Models are looked up here: a mistake is told now and not at night.
+    spec = resolve_spec(load_spec(spec_path, [*(overrides or []), *clock])).spec
+    from flows import deploy as deployments
+
+    if serve:
+        deployments.serve(spec)
+        return
+    made = deployments.deploy(spec, work_pool, image)
+    print(json.dumps(asdict(made), indent=2) if as_json else made)
+
+
+@app.command()
 def status(dataset: Dataset, as_json: AsJson = False) -> None:
     """What a dataset holds and what its live runs are doing."""
     from pipelines.status import dataset_status, render
 
-    found = dataset_status(_storage(dataset))
-    print(json.dumps(found, indent=2) if as_json else render(found))
+    found = dataset_status(stored_dataset(dataset))
+    print(json.dumps(found, indent=2) if as_json else printable(render(found)))
 
 
 @app.command()
@@ -146,25 +188,33 @@ def stop(dataset: Dataset) -> None:
     """Ask the live runs of a dataset to finish what is in hand, commit and end."""
     from infra.control import live_runs, request_stop
 
-    storage = _storage(dataset)
+    storage = stored_dataset(dataset)
     live = [beat for beat in live_runs(storage) if not beat.is_stale]
     for beat in live:
         request_stop(storage, beat.run_id)
-        print(f"asked {beat.run_id} on {beat.host} to stop")
+        _say(f"asked {beat.run_id} on {beat.host} to stop")
     if not live:
         print("no run is live")
 
 
 @app.command()
-def report(dataset: Dataset) -> None:
+def report(
+    dataset: Dataset,
+    live: Annotated[bool, typer.Option("--live", help="Follow the live runs until they end.")] = False,
+    every: Annotated[int, typer.Option(min=1, help="With --live: write the page anew after so many commits.")] = 5,
+) -> None:
     """Write the gallery and funnel as one HTML page, and the dataset card."""
     from pipelines.card import write_card
     from pipelines.report import build_report
 
-    storage = _storage(dataset)
+    storage = stored_dataset(dataset)
+    if live:
+        from flows.live import report_live
+
+        report_live(storage, every)
     build_report(storage)
     write_card(storage)
-    print(f"{storage.root}/report/index.html")
+    _say(f"{storage.root}/report/index.html")
 
 
 @app.command()
@@ -176,14 +226,14 @@ def verify(
     """Check every promise on the stored bytes; exit 1 and a list where one fails."""
     from pipelines.verify import verify as find
 
-    storage = _storage(dataset)
+    storage = stored_dataset(dataset)
     findings = list(find(storage, read_media=media))
     if as_json:
         print(json.dumps([{"kind": f.kind, "where": f.where, "detail": f.detail} for f in findings], indent=2))
     else:
         for finding in findings:
-            print(finding)
-        print(f"{storage.root}: " + (f"{len(findings)} findings" if findings else "every promise holds"))
+            _say(finding)
+        _say(f"{storage.root}: " + (f"{len(findings)} findings" if findings else "every promise holds"))
     if findings:
         raise SystemExit(1)
 
@@ -195,9 +245,9 @@ def regenerate(
     """Make one sample again and compare it with what is stored."""
     from pipelines.regenerate import regenerate as again
 
-    _worker_environment()
-    made = again(_storage(dataset), sample_id)
-    print(json.dumps(made.as_dict(), indent=2) if as_json else made)
+    worker_environment()
+    made = again(stored_dataset(dataset), sample_id)
+    print(json.dumps(made.as_dict(), indent=2) if as_json else printable(made))
 
 
 @app.command()
@@ -227,7 +277,7 @@ def annotate(
             "annotate: say what: --judge, --caption, --labels FILE, --withdraw SAMPLE_ID or --restore SAMPLE_ID"
         )
     done: list[Any] = []
-    storage = _storage(spec_or_dataset)
+    storage = stored_dataset(spec_or_dataset)
     if labels:
         done.append(annotations.label(storage, str(labels)))
     if withdraw:
@@ -235,9 +285,9 @@ def annotate(
     if restore:
         done.append(annotations.restore(storage, restore))
     if judge or caption:
-        done += run_annotate(_spec_of(spec_or_dataset, overrides), judge=judge, caption=caption)
+        done += run_annotate(spec_of(spec_or_dataset, overrides), judge=judge, caption=caption)
     for item in done:
-        print(json.dumps(item.as_dict()) if as_json else item)
+        print(json.dumps(item.as_dict()) if as_json else printable(item))
 
 
 @app.command()
@@ -255,8 +305,8 @@ def release(
     """Make an immutable, named selection of samples with their latest annotations."""
     from pipelines.release import release as make_release
 
-    made = make_release(_storage(dataset), name, where=where, pack_bytes=_nbytes(pack))
-    print(json.dumps(made.as_dict(), indent=2) if as_json else made)
+    made = make_release(stored_dataset(dataset), name, where=where, pack_bytes=nbytes(pack))
+    print(json.dumps(made.as_dict(), indent=2) if as_json else printable(made))
 
 
 @app.command()
@@ -284,16 +334,16 @@ def vacuum(dataset: Dataset, dry_run: Annotated[bool, typer.Option(help="Only li
     """Remove what no transaction refers to and no live run is writing."""
     from infra.vacuum import vacuum as remove
 
-    names = remove(_storage(dataset), dry_run=dry_run)
+    names = remove(stored_dataset(dataset), dry_run=dry_run)
     for name in names:
-        print(name)
+        _say(name)
     print(f"{len(names)} files {'would be ' if dry_run else ''}removed", file=sys.stderr)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Which: overhead, dataplane, planning, world, pack.")],
+    name: Annotated[str, typer.Argument(help="Which; a name that is none lists them.")],
 ) -> None:
     """Run a benchmark; each prints a ratio against its baseline in the same run. Needs a checkout."""
     import subprocess
@@ -303,75 +353,6 @@ def bench(
         there = sorted(path.stem for path in (repo / "tests" / "bench").glob("*.py"))
         raise UserError(f"bench: there is no {name}; there are: {', '.join(there) or 'none, this is no checkout'}")
     raise SystemExit(subprocess.call([sys.executable, "-m", f"tests.bench.{name}", *context.args], cwd=repo))
-
-
-def _storage(dataset: str) -> Storage:
-    """The dataset that a folder, URL or spec names; it must exist."""
-    from infra.storage import Storage, reaching
-    from infra.tables import dataset_exists
-
-    if dataset.endswith((".yaml", ".yml")):
-        from pipelines.resolve import storage_of
-        from pipelines.spec import absolute_paths, load_spec
-
-        storage = storage_of(absolute_paths(load_spec(dataset)))
-    else:
-        root = dataset.rstrip("/") if "://" in dataset else str(Path(dataset).expanduser().resolve())
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        storage = Storage(root, endpoint, allow_http=bool(endpoint and endpoint.startswith("http://")))
-    with reaching(storage.root):
-        exists = dataset_exists(storage)
-    if not exists:
-        raise UserError(
-            f"{storage.root}: there is no dataset here (no dataset.json); give its folder, URL, or its spec"
-        )
-    return storage
-
-
-def _spec_of(spec_or_dataset: str, overrides: list[str] | None) -> Spec:
-    """The spec at a path, or that of a dataset's newest run."""
-    from infra.tables import Table
-    from pipelines.spec import load_spec, parse_spec
-
-    if spec_or_dataset.endswith((".yaml", ".yml")):
-        return load_spec(spec_or_dataset, overrides)
-    rows = Table(_storage(spec_or_dataset), "runs").read(["spec_json", "created_at"]).to_pylist()
-    if not rows:
-        raise UserError(f"{spec_or_dataset}: no run is recorded here, so there is no spec; give the spec's path")
-    return parse_spec(json.loads(max(rows, key=lambda row: row["created_at"])["spec_json"]), overrides)
-
-
-def _nbytes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "B": 1, "": 1}
-    number = text.rstrip("KMGTiB")
-    try:
-        return int(float(number) * units[text[len(number) :]])
-    except (ValueError, KeyError) as error:
-        raise UserError(f"--pack: expected a size such as 512MB, found {text!r}") from error
-
-
-def _refused(error: Exception) -> str:
-    """What to tell a user whose disk is full or may not be written; empty where that is not what went wrong."""
-    from infra.storage import refused
-    from models.pack import cache_dir
-
-    if not (said := refused(error)):
-        return ""
-    name = getattr(error, "filename", None)
-    if not isinstance(name, str):
-        return f"the storage cannot be written ({said}); free space or choose another place"
-    cache, place = cache_dir(), Path(name)
-    if place.is_relative_to(cache) or cache.is_relative_to(place):
-        return f"DITMILL_CACHE: {name} cannot be written ({said}); free space, or set it to a folder of your own"
-    return f"{name} cannot be written ({said}); free space or choose another place"
-
-
-def _worker_environment() -> None:
-    """What workers are started with, for a command that computes in this process; before torch is imported."""
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from infra.printable import printable
 from infra.telemetry import values
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Console:
         if self._as_json:
             return
         self._clear()
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     def records(self, report: RecordReport) -> None:
         self.say(f"prompts: {report.summary()}")
@@ -67,7 +68,7 @@ class Console:
                 text = (
                     f"{progress.before_done + progress.done}/{progress.total}  accepted {progress.accepted}"
                     f"  rejected {progress.rejected}  failed {progress.failed}  {rate:.2f} samples/s"
-                    + (f"  {_duration(left)} left" if left is not None else "")
+                    + (f"  {duration(left)} left" if left is not None else "")
                 )
             self._clear()
             self._width = len(text)
@@ -102,6 +103,7 @@ class Console:
         result: dict[str, Any] = {
             "run_id": resolved.run_id,
             "status": outcome.status,
+            "why": outcome.why,
             "dataset": root,
             "report": f"{root}/report/index.html",
             "accepted": progress.accepted,
@@ -121,7 +123,7 @@ class Console:
         if self._as_json:
             print(json.dumps(result), file=self._results, flush=True)
             return
-        print(_summary(spec.name, result), file=self._results, flush=True)
+        print(printable(_summary(spec.name, result)), file=self._results, flush=True)
 
     def _clear(self) -> None:
         if self._live and self._width:
@@ -157,7 +159,7 @@ def _summary(name: str, result: dict[str, Any]) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from flows.console import Console, console, places
 from infra.prefect_session import prefect_session, wait_until_up
-from infra.ray_session import ray_session
+from infra.printable import printable
+from infra.ray_session import Cluster, ray_session
+from infra.secrets import redact
 from infra.storage import reaching
 from infra.telemetry import configure
 from models.pack import cache_dir
@@ -42,7 +44,7 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
         if as_json:
             print(json.dumps({"status": "nothing to do", "dataset": resolved.storage.root, "new": 0}))
         else:
-            print("\n".join(places(resolved.storage.root)))
+            print(printable("\n".join(places(resolved.storage.root))))
         return 0
     for model, licence in resolved.licences:
         if licence.may_train != "yes" and spec.policy.licences == "warn":
@@ -51,23 +53,27 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
             )
     open_dataset(resolved)  # what cannot be written is told before anything is started
     env = worker_env(spec.layout.threads)
-    limits: dict[str, float] = dict(spec.compute.limits)  # type: ignore[arg-type]
     with (
         redirect_stdout(sys.stderr),  # Ray prints what befalls its workers; stdout is for results
         prefect_session(cache_dir()),
-        ray_session(spec.compute.ray_address, env, limits),
+        ray_session(spec.compute.ray_address, env, spec.compute.limits),  # type: ignore[arg-type]
         console(shown),
     ):
+        from flows.notify import Paused
         from flows.synthesize import synthesize
 
         wait_until_up()
         try:
             synthesize(json.loads(resolved.spec.model_dump_json()), retry_failed=retry_failed)
+        except Paused as why:
+            print(f"ditmill: paused: {why}; look at the report, then run the same command to go on", file=sys.stderr)
+            return 1
         except Exception as error:
             if shown.result is not None:
                 shown.say(f"done, but Prefect could not be told ({type(error).__name__}: {error})")
             elif isinstance(error, WorldFault):
-                print(f"ditmill: the run failed: {error}; run the same command again to resume", file=sys.stderr)
+                said = printable(redact(str(error)))
+                print(f"ditmill: the run failed: {said}; run the same command again to resume", file=sys.stderr)
                 return 1
             else:
                 raise
@@ -84,7 +90,6 @@ def run_annotate(spec: Spec, judge: bool, caption: bool) -> list[Any]:
     from pipelines.annotate import recaption, rejudge
     from pipelines.graph import worker_env
     from pipelines.resolve import resolve_spec
-    from pipelines.run import Cluster
 
     configure()
     resolved = resolve_spec(spec)
@@ -93,8 +98,7 @@ def run_annotate(spec: Spec, judge: bool, caption: bool) -> list[Any]:
 
         def cluster() -> Cluster:
             env = worker_env(spec.layout.threads)
-            found = stack.enter_context(ray_session(spec.compute.ray_address, env, dict(spec.compute.limits)))  # type: ignore[arg-type]
-            return Cluster(found["cpus"], found["gpus"])
+            return stack.enter_context(ray_session(spec.compute.ray_address, env, spec.compute.limits))  # type: ignore[arg-type]
 
         if judge:
             done.append(rejudge(resolved, cluster))

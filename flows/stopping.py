@@ -31,7 +31,7 @@ def stopping(shown: Console) -> Iterator[None]:
         if stop.reason == "stopped":
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
-        stop.set("stopped")
+        stop.set("stopped", signal.Signals(number).name)
         shown.say("stopping: finishing what is in hand; once more to end at once")
 
     before = {number: signal.signal(number, ask) for number in SIGNALS}

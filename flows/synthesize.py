@@ -16,18 +16,21 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.artifacts import progress_artifact, publish_summary
 from flows.console import Console, current_console
+from flows.notify import Paused, crashed, telling
 from flows.stopping import stopping
+from flows.tick import end_preempted, in_deployment, this_tick
 from infra.errors import UserError
-from infra.ray_session import ray_session
+from infra.ray_session import Cluster, ray_session
 from infra.storage import writing
 from infra.telemetry import log
 from pipelines.dedup import RecordReport
 from pipelines.enumeration import Enumeration
 from pipelines.generate import Outcome, Progress, StopRequest
-from pipelines.graph import Group, worker_env
+from pipelines.graph import worker_env
+from pipelines.placement import Group
 from pipelines.report import ReportSummary
 from pipelines.resolve import Resolved, new_run_id, resolve_spec
-from pipelines.run import Cluster, clean_up, expand, expand_groups, make_samples, open_dataset, sample_groups
+from pipelines.run import clean_up, expand, expand_groups, make_samples, open_dataset, sample_groups
 from pipelines.spec import Spec
 from pipelines.verify import Finding, verify
 
@@ -55,10 +58,9 @@ class Run:
         """The Ray cluster, connected to when it is first needed."""
         spec = self.resolved.spec
         env = worker_env(spec.layout.threads)
-        found = self._resources.enter_context(
-            ray_session(spec.compute.ray_address, env, dict(spec.compute.limits))  # type: ignore[arg-type]
+        return self._resources.enter_context(
+            ray_session(spec.compute.ray_address, env, spec.compute.limits)  # type: ignore[arg-type]
         )
-        return Cluster(found["cpus"], found["gpus"])
 
     def expand_groups(self) -> tuple[Group, ...]:
         return expand_groups(self.resolved, self.cluster)
@@ -175,7 +177,7 @@ def publish(run: Run) -> None:
     run.console.finished(run.resolved, outcome, run.published, run.findings)
 
 
-@flow(name="synthesize", validate_parameters=False)
+@flow(name="synthesize", validate_parameters=False, on_crashed=[crashed])
 def synthesize(spec: dict[str, Any], retry_failed: bool = False) -> dict[str, Any]:
     """Prompts to a committed, filtered, captioned dataset.
 
@@ -185,21 +187,30 @@ def synthesize(spec: dict[str, Any], retry_failed: bool = False) -> dict[str, An
 
     Returns:
         run_id, status, counts and what `verify` found.
+
+    Raises:
+        Paused: the run's guards ended it; what it made is committed and published.
     """
-    console = current_console()
-    with contextlib.ExitStack() as resources, stopping(console):
-        run = Run(resolve_spec(Spec.model_validate(spec), new_run_id()), console, resources, retry_failed)
+    asked, console = Spec.model_validate(spec), current_console()
+    with contextlib.ExitStack() as resources, stopping(console), telling(asked) as facts:
+        run = Run(resolve_spec(this_tick(asked), new_run_id()), console, resources, retry_failed)
+        facts |= {"run_id": run.resolved.run_id, "tick": run.resolved.spec.schedule.tick}
         expand_prompts(run)
         generate_samples(run)
         verify_dataset(run)
         publish(run)
-    assert run.outcome is not None
-    progress = run.outcome.progress
-    return {
-        "run_id": run.resolved.run_id,
-        "status": run.outcome.status,
-        "accepted": progress.accepted,
-        "rejected": progress.rejected,
-        "failed": progress.failed,
-        "findings": [str(finding) for finding in run.findings],
-    }
+        outcome = run.outcome
+        assert outcome is not None
+        facts |= {
+            "run_id": run.resolved.run_id,
+            "status": outcome.status,
+            "accepted": outcome.progress.accepted,
+            "rejected": outcome.progress.rejected,
+            "failed": outcome.progress.failed,
+            "findings": [str(finding) for finding in run.findings],
+        }
+        if outcome.status == "paused":
+            raise Paused(outcome.why)
+    if in_deployment() and outcome.why == "SIGTERM":
+        end_preempted()
+    return facts

@@ -47,10 +47,10 @@ def read_index(path: str) -> dict[str, Any]:
     """The checkpoint's model_index.json: its pipeline class and components."""
     try:
         index = json.loads((Path(path) / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"generators.model: {path}: model_index.json cannot be read ({error})") from error
-    if not isinstance(index, dict) or "_class_name" not in index:
-        raise UserError(f"generators.model: {path}: model_index.json names no pipeline (_class_name)")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise UserError(f"generators.model: {path}: model_index.json names no pipeline of diffusers (_class_name)")
     return index
 
 
@@ -68,6 +68,7 @@ def load_pipeline(ref: GeneratorRef, family: Family | None, part: Part) -> Any:
         arguments |= dict.fromkeys(_left_out(ref, components, part))
         if family.float32_vae and "vae" not in arguments:
             arguments["dtype"] = {"default": dtype, "vae": torch.float32}
+    _refuse_code(ref, components)
     if ref.remote_code:
         arguments |= {"custom_pipeline": ref.remote_code, "custom_revision": ref.revision, "trust_remote_code": True}
     try:
@@ -87,6 +88,18 @@ def load_pipeline(ref: GeneratorRef, family: Family | None, part: Part) -> Any:
     pipe.set_progress_bar_config(disable=True)
     _place(pipe, ref, device)
     return pipe
+
+
+def _refuse_code(ref: GeneratorRef, components: dict[str, Any]) -> None:
+    """What may run is the repository that the spec names; it is no leave for code that lies in the checkpoint."""
+    libraries = {name: value[0] for name, value in components.items() if isinstance(value, list) and value}
+    files = [f"{name}/{library}.py" for name, library in libraries.items()] + [f"{ref.remote_code}.py"]
+    for file in files:
+        if Path(ref.path, file).exists():
+            raise UserError(
+                f"generators.model: {ref.path}: {file} is code, and only that of generators.remote_code may run; "
+                "give a checkpoint without it"
+            )
 
 
 def _left_out(ref: GeneratorRef, components: dict[str, Any], part: Part) -> list[str]:

@@ -60,9 +60,13 @@ class Multimodal:
         self.device = device_of(ref.device)
         with quiet():
             try:
-                self.processor = AutoProcessor.from_pretrained(ref.path)
+                self.processor = AutoProcessor.from_pretrained(ref.path, trust_remote_code=False)
                 model, info = AutoModelForImageTextToText.from_pretrained(
-                    ref.path, dtype=dtype_of(ref.dtype, self.device), output_loading_info=True
+                    ref.path,
+                    dtype=dtype_of(ref.dtype, self.device),
+                    output_loading_info=True,
+                    use_safetensors=True,
+                    trust_remote_code=False,
                 )
             except Exception as error:
                 hint = (

@@ -81,15 +81,19 @@ def content_sha256(path: str) -> str:
 
     Hashes of large files are kept in the cache by (path, size, mtime). Documentation is not content.
     """
-    root = Path(path)
-    files = (
-        [root] if root.is_file() else sorted(_loaded_files(root), key=lambda file: file.relative_to(root).as_posix())
-    )
     total = hashlib.sha256()
-    for file in files:
-        name = file.name if file == root else file.relative_to(root).as_posix()
+    for name, file in files_of(path).items():
         total.update(f"{name}\0{_file_sha256(file)}\n".encode())
     return total.hexdigest()
+
+
+def files_of(path: str) -> dict[str, Path]:
+    """The files of a model that loaders read, by their names relative to its folder, sorted; a file alone by its own name."""
+    root = Path(path)
+    if root.is_file():
+        return {root.name: root}
+    names = {file.relative_to(root).as_posix(): file for file in _loaded_files(root)}
+    return dict(sorted(names.items()))
 
 
 def _looks_local(uri: str) -> bool:
@@ -111,7 +115,7 @@ def _components(root: Path) -> set[str] | None:
     """Folders of a pipeline's components, or None where `root` is no pipeline."""
     try:
         index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return {name for name, value in index.items() if isinstance(value, list)} if isinstance(index, dict) else None
 
@@ -127,19 +131,34 @@ def _check(path: Path, part: str, uri: str, key: str) -> None:
         if not _is_whole(path):
             raise UserError(f"{key}: {uri} is damaged or cut short; fetch it again")
         return
-    names = [file.name for file in path.rglob("*") if file.is_file()]
     for file in _loaded_files(path):
         if file.suffix == ".safetensors" and not _is_whole(file):
             raise UserError(f"{key}: {uri}: {file.relative_to(path)} is damaged or cut short; fetch it again")
-    if not any(name.endswith(".safetensors") for name in names):
-        if any(name.endswith(PICKLES) for name in names):
-            raise UserError(
-                f"{key}: {uri} holds pickled weights only, which run code when loaded; convert it to safetensors"
-            )
+    if pickle := _only_pickled(path, part):
+        raise UserError(
+            f"{key}: {uri} holds pickled weights only ({pickle}), which run code when loaded; convert it to safetensors"
+        )
+    if not any(path.rglob("*.safetensors")):
         raise UserError(f"{key}: {uri} holds no .safetensors weights; it is no checkpoint folder")
     index = _INDEX.get(part)
     if index and not (path / index).is_file():
         raise UserError(f"{key}: {uri} has no {index}; give the folder that holds it")
+
+
+def _only_pickled(root: Path, part: str) -> str:
+    """A file of pickled weights in a folder that loaders look into and that has no others; empty where there is none."""
+    components = _components(root) if part == "generator" else None
+    folders = [root] if components is None else [root / name for name in sorted(components)]
+    for folder in folders:
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        if not any(file.suffix == ".safetensors" for file in files):
+            for file in files:
+                if file.suffix in PICKLES:
+                    return file.relative_to(root).as_posix()
+    if not any(root.rglob("*.safetensors")):
+        found = (file for file in sorted(root.rglob("*")) if file.suffix in PICKLES)
+        return next((file.relative_to(root).as_posix() for file in found), "")
+    return ""
 
 
 def _is_whole(file: Path) -> bool:
@@ -152,7 +171,7 @@ def _is_whole(file: Path) -> bool:
         try:
             header = json.loads(stream.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
             return False
     return bool(size == 8 + length + max(ends, default=0))
 

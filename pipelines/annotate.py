@@ -22,9 +22,9 @@ from pipelines.idset import IdSet
 from stages.annotate import Annotator, Row
 
 if TYPE_CHECKING:
+    from infra.ray_session import Cluster
     from pipelines.generate import StopRequest
     from pipelines.resolve import Resolved
-    from pipelines.run import Cluster
 
 SAMPLE_ID = re.compile(r"[0-9a-f]{32}")
 SHOWN = 3
@@ -175,8 +175,9 @@ def _read_labels(path: str) -> dict[str, tuple[int, str, str]]:
         columns = [name.strip() for name in reader.fieldnames or ()]
         for name in ("sample_id", "label"):
             if name not in columns:
+                found_columns = " ".join(",".join(columns)[:100].split())
                 raise UserError(
-                    f"{path}: line 1: expected columns sample_id,label[,note], found {','.join(columns)[:100] or 'none'}"
+                    f"{path}: line 1: expected columns sample_id,label[,note], found {found_columns or 'none'}"
                 )
         reader.fieldnames = columns
         for row in reader:
@@ -200,8 +201,9 @@ def _read_text(path: str) -> str:
     try:
         with fsspec.open(path, "rb") as file:
             data: bytes = file.read()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a CSV of sample_id,label") from error
+    except Exception as error:  # every kind of store has errors of its own
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be read ({said}); give a CSV of sample_id,label") from error
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         text = data.decode(encoding)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from infra.commit import Committer, Part
 from infra.control import Pulse, beating, sweep
 from infra.errors import UserError
+from infra.ray_session import Cluster
 from infra.tables import Table
 from infra.telemetry import log
 from models.source import content_sha256
@@ -21,10 +22,11 @@ from pipelines.annotate import Annotated, Scope
 from pipelines.decisions import NONE, Decision, read_decisions, read_scores
 from pipelines.feed import Feeder
 from pipelines.generate import StopRequest
-from pipelines.graph import Group, in_flight, results
+from pipelines.graph import results
 from pipelines.ledger import Ledger
+from pipelines.placement import Compute, Group, in_flight
 from pipelines.resolve import Resolved
-from pipelines.run import Cluster, clean_up, commit_run_row
+from pipelines.run import clean_up, commit_run_row
 from pipelines.stored import COLUMNS, StoredBatches
 from stages.annotate import Annotator, Row, WriteAnnotations
 from stages.batch import Batch, Stage, WorldFault, size
@@ -278,7 +280,7 @@ class _Job:
         layout = run.spec.layout
         decoder = DecodeLatents(run.generators, run.plan, layout.batch_size, layout.threads)
         stages = (ReadMedia(run.storage, decoder), work.stage(), WriteAnnotations(work.annotator))
-        groups = (_group(stages, cluster(), run.spec.compute.actors.get("judge")),)
+        groups = (_group(stages, cluster(), run.spec.compute),)
         feeder = Feeder(in_flight(groups))
         batches = itertools.chain([first], rest)
 
@@ -352,9 +354,14 @@ class _Job:
             commit_run_row(self.run, "ended", status=status, extra_json=json.dumps(said), **self._spent)
 
 
-def _group(stages: tuple[Stage, ...], cluster: Cluster, actors: int | None) -> Group:
-    """Actors that hold all stages: one a GPU, or on a CPU as many as leave one core to the driver."""
-    if cluster.gpus >= 1:
-        return Group("annotate", stages, actors or int(cluster.gpus), 1, 1.0, on_gpu_cluster=True)
-    count = actors or max(1, int(cluster.cpus) - 1)
-    return Group("annotate", stages, count, min(1.0, max(0.1, (cluster.cpus - 0.1) / count)), 0)
+def _group(stages: tuple[Stage, ...], cluster: Cluster, compute: Compute) -> Group:
+    """Actors that hold all stages: one a GPU, or on a CPU as many as leave one core to the driver; or as `judge` asks."""
+    asked, least = compute.asked("judge"), compute.least("judge")
+    if cluster.gpus >= 1 or asked.gpus:
+        cpus, gpus, on_gpus = asked.cpus or 1.0, 1.0 if asked.gpus is None else asked.gpus, True
+        count = least or max(1, int(cluster.gpus / (gpus or 1.0)))
+    else:
+        count = least or max(1, int(cluster.cpus) - 1)
+        cpus, gpus, on_gpus = asked.cpus or min(1.0, max(0.1, (cluster.cpus - 0.1) / count)), 0.0, False
+    most = compute.actors.get("judge", (0, 0))[1]
+    return Group("annotate", stages, count, cpus, gpus, (), on_gpus, most, asked.accelerator_type)

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from infra.printable import printable
+from infra.secrets import redact
 from infra.storage import Storage
 from infra.tables import Table, dataset_exists, read_dataset_json
 from pipelines.charts import number
@@ -59,7 +61,7 @@ def card(storage: Storage, snapshot: Snapshot, facts: Facts, license: str) -> st
 
     name = str(read_dataset_json(storage).get("name") or "dataset") if dataset_exists(storage) else "dataset"
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # Markdown: see `plain`
-    environment.filters |= {"number": number, "plain": plain, "code": code}
+    environment.filters |= {"number": number, "plain": plain, "code": code, "line": line}
     last = facts.runs[-1] if facts.runs else None
     shapes = _shapes(snapshot)
     template = environment.from_string(resources.files("pipelines").joinpath("card.md").read_text(encoding="utf-8"))
@@ -80,17 +82,22 @@ def card(storage: Storage, snapshot: Snapshot, facts: Facts, license: str) -> st
     return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{body}"
 
 
+def line(text: Any, limit: int = 300) -> str:
+    """Text on one line, whatever ends a line in Markdown, with what is not seen written out."""
+    return printable(" ".join(clamp(redact(str(text)), limit).split()))
+
+
 def plain(text: Any, limit: int = 300) -> str:
     """Text that stays text in Markdown: on one line, with nothing that starts markup, a link or HTML."""
-    line = " ".join(clamp(str(text), limit).split())
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", line)
+    shown = line(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    shown = re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", shown)
+    return re.sub(r"(?i)\b(https?|ftp|www|mailto)(?=[:.])", r"\1&#8203;", shown)  # or readers would make it a link
 
 
 def code(text: Any, limit: int = 300) -> str:
     """Text as a code span on one line; within one nothing is markup."""
-    line = " ".join(clamp(str(text), limit).split()).replace("`", "'").replace("|", "/")
-    return f"`{line}`" if line else ""
+    shown = line(text, limit).replace("`", "'").replace("|", "/")
+    return f"`{shown}`" if shown else ""
 
 
 def _header(

@@ -92,13 +92,14 @@ def read_scores(storage: Storage, annotator: str, asked: str) -> dict[str, dict[
     return found
 
 
-def count_accepted(storage: Storage) -> int:
-    """Samples that are accepted now, by their own verdict or a later one, and not withdrawn."""
+def count_accepted(storage: Storage, rows: pc.Expression | None = None) -> int:
+    """Samples that are accepted now, by their own verdict or a later one, and not withdrawn; of all, or of some `rows`."""
     decisions = read_decisions(storage)
     samples = Table(storage, "samples")
     if not decisions:
-        return int(samples.dataset().count_rows(filter=pc.field("verdict") == "accepted"))
-    found = (apply(batch, decisions).column("verdict") for batch in samples.batches(["sample_id", "verdict"]))
+        accepted = pc.field("verdict") == "accepted"
+        return int(samples.dataset().count_rows(filter=accepted if rows is None else accepted & rows))
+    found = (apply(batch, decisions).column("verdict") for batch in samples.batches(["sample_id", "verdict"], rows))
     return sum(pc.sum(pc.equal(verdicts, "accepted")).as_py() or 0 for verdicts in found)
 
 

@@ -19,6 +19,8 @@ from pipelines.resolve import Resolved
 
 CHUNK = 8192
 
+OPERATION = ("output.storage", "guards", "schedule", "notify")
+"""Sections that change no sample."""
 DECISIONS = {
     "judge": "--judge",
     "score": "",
@@ -84,9 +86,10 @@ class Difference:
 def difference(run: Resolved, report: RecordReport | None = None) -> Difference:
     """Count what `run` would generate. Reads the prompts and the tables, writes nothing."""
     exists = dataset_exists(run.storage)
-    samples = Table(run.storage, "samples")
-    done = IdSet(batch.column("sample_id") for batch in samples.batches(["sample_id"]))
-    failures = IdSet(batch.column("sample_id") for batch in Table(run.storage, "failures").batches(["sample_id"]))
+    rows = run.spec.schedule.rows(run.storage)
+    samples, failed_before = Table(run.storage, "samples"), Table(run.storage, "failures")
+    done = IdSet(batch.column("sample_id") for batch in samples.batches(["sample_id"], rows))
+    failures = IdSet(batch.column("sample_id") for batch in failed_before.batches(["sample_id"], rows))
     planned = new = failed = 0
     limit = run.spec.target.samples
     for ids in _planned_ids(run, report if report is not None else RecordReport()):
@@ -99,7 +102,7 @@ def difference(run: Resolved, report: RecordReport | None = None) -> Difference:
         new += int(np.count_nonzero(~(made | broken)))
         if limit is not None and planned >= limit:
             break
-    accepted = count_accepted(run.storage)
+    accepted = count_accepted(run.storage, rows)
     wanted = run.spec.target.accepted
     return Difference(
         exists=exists,
@@ -134,7 +137,7 @@ def _changes(run: Resolved) -> Iterator[Change]:
     newest = max(rows.to_pylist(), key=lambda row: row["created_at"])
     before, after = _flat(json.loads(newest["spec_json"])), _flat(json.loads(run.spec.model_dump_json()))
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and not key.startswith("output.storage"):
+        if before.get(key) != after.get(key) and not key.startswith(OPERATION):
             yield Change(key, before.get(key), after.get(key))
 
 

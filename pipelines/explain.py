@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -29,9 +29,14 @@ _EXPECTED = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
+    "finite_number": "a finite number",
     "string_pattern_mismatch": "a text like {pattern}",
     "invalid_key": "a text as key",
 }
+
+
+OWN_KEY = "the whole: "
+"""Before what is said of the whole spec, whose message names the key itself."""
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -50,13 +55,14 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
             lines[key] = ["is needed and missing"]
             tails[key] = _described(field)
         elif item["type"] == "value_error":
+            key = key if loc else OWN_KEY.removesuffix(": ")
             lines.setdefault(key, []).append(item["msg"].removeprefix("Value error, "))
             tails[key] = "" if "found" in item["msg"] or isinstance(item.get("input"), dict) else f", found {found}"
         else:
             expected = _expected(item["type"], item["msg"], item.get("ctx", {}))
             lines.setdefault(key, []).append(expected if lines.get(key) else f"expected {expected}")
             tails[key] = f", found {found}{_described(field)}"
-    said = [f"{key}: {' or '.join(words)}{tails.get(key, '')}" for key, words in lines.items()]
+    said = [f"{key}: {' or '.join(words)}{tails.get(key, '')}".removeprefix(OWN_KEY) for key, words in lines.items()]
     return [" ".join(line.split()) for line in said]
 
 
@@ -70,8 +76,13 @@ def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fiel
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The model that a field holds: itself, perhaps none, or a list of it."""
+    """The model that a field holds: itself, perhaps none, a list of it or a map to it."""
     return _find(field.annotation)
+
+
+def map_keys(field: FieldInfo) -> tuple[str, ...]:
+    """What a map's keys may be; nothing for a field of another kind."""
+    return get_args(get_args(field.annotation)[0]) if get_origin(field.annotation) is dict else ()
 
 
 def _find(annotation: Any) -> type[BaseModel] | None:
@@ -90,6 +101,9 @@ def _resolve(model: type[BaseModel], loc: Loc) -> tuple[Loc, FieldInfo | None, t
         if section is None:
             marks = [mark for mark in loc[at:] if mark in ("[key]", "str") or "[str" in str(mark)]
             return tuple(part for part in loc if part not in marks), field, None
+        if field is not None and part in map_keys(field):
+            field = None  # what the map holds comes next
+            continue
         if part not in section.model_fields:
             return loc[: at + 1], None, section
         field = section.model_fields[part]

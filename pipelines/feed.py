@@ -17,6 +17,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.exceptions import RayError
 from ray.util.placement_group import get_placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from infra.ray_session import session_lives
 from pipelines.mailbox import Mailbox
@@ -73,7 +74,9 @@ class Feeder:
     """The driver's side: numbers batches and keeps at most `in_flight` of them under way."""
 
     def __init__(self, in_flight: int) -> None:
-        self.mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+        # On the driver's machine: no other that is lost takes it along.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self.in_flight = in_flight
         self.launched = 0
         self.closed = False
@@ -97,12 +100,16 @@ class Feeder:
         self.launched += 1
         ray.get(self.mailbox.put.remote(number, pack(batch)))
 
-    def done(self, number: int) -> bool:
-        """Note that a batch came out; False if it had done so before."""
-        if self._open.pop(number, None) is None:
-            return False
-        self.mailbox.done.remote(number)
-        return True
+    def done(self, number: int) -> Batch | None:
+        """Note that a batch came out, and give it as it was put; None if it had come out before."""
+        batch = self._open.pop(number, None)
+        if batch is not None:
+            self.mailbox.done.remote(number)
+        return batch
+
+    @property
+    def batches_in_flight(self) -> int:
+        return len(self._open) - self.lost
 
     @property
     def samples_in_flight(self) -> int:

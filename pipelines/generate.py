@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,23 +16,27 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 
-from infra.commit import Committer, Part, write_part
 from infra.control import Pulse, beating
 from infra.errors import UserError
-from infra.schema import FAILURES
+from infra.quarantine import hold
 from infra.storage import Storage
 from infra.tables import Table
 from infra.telemetry import log
+from pipelines.commits import Commits, failures, worker_died
 from pipelines.decisions import count_accepted
 from pipelines.enumeration import Batches, Enumeration
 from pipelines.feed import Feeder
-from pipelines.graph import GraphBroke, Group, in_flight, results
+from pipelines.graph import GraphBroke, results
+from pipelines.guards import Breach, Guards, Window
 from pipelines.idset import IdSet
 from pipelines.ledger import Ledger, rows_cost
+from pipelines.observe import Observer
+from pipelines.placement import Group, in_flight
 from pipelines.spec import Budget, Target
 from stages.batch import Batch, WorldFault, size, take
+from stages.canary import canary_batch
 
 MOST_LOST = 8
 """Batches that may kill their workers, beside one for each that comes out, before the blame is on the world."""
@@ -52,6 +55,11 @@ class Job:
     budget: Budget
     commit_every: float
     retry_failed: bool = False
+    guards: Guards = field(default_factory=Guards)
+    rows: pc.Expression | None = None
+    """What tells rows that count from others; None where all of the dataset's do."""
+    name: str = ""
+    """Of the dataset, for those who watch."""
 
 
 @dataclass
@@ -71,6 +79,9 @@ class Progress:
     first_result: float = 0.0
     first_done: int = 0
     last_result: float = 0.0
+    last_commit: float = 0.0
+    allocated: float = 0.0
+    """Accelerator-seconds held so far."""
 
     @property
     def done(self) -> int:
@@ -85,7 +96,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `status`: reached, exhausted, budget or stopped."""
+    """How a run ended. `status`: reached, exhausted, budget, stopped, or paused by its guards, for the reason `why`."""
 
     status: str
     planned_through: int
@@ -95,42 +106,20 @@ class Outcome:
     reproducible: str
     actors: tuple[dict[str, Any], ...] = ()
     """What each actor says of itself (see stages.actor.LedgerEntry)."""
-
-
-class Commits:
-    """What was written and waits for a transaction."""
-
-    def __init__(self, storage: Storage, run_id: str, every: float) -> None:
-        self._committers = {name: Committer(Table(storage, name), run_id) for name in ("samples", "failures")}
-        self._waiting: dict[str, list[Part]] = {name: [] for name in self._committers}
-        self._every = every
-        self._last = time.monotonic()
-
-    def add(self, parts: list[dict[str, Any]]) -> None:
-        for part in parts:
-            self._waiting[part["table"]].append(Part(part["path"], part["nbytes"], part["rows"]))
-
-    def commit(self, force: bool = False) -> int:
-        """Commit what waits, if it is time or `force`; the rows that now exist."""
-        if not force and time.monotonic() - self._last < self._every:
-            return 0
-        rows = 0
-        for name, parts in self._waiting.items():
-            if parts:
-                rows += self._committers[name].commit(parts).rows
-                self._waiting[name] = []
-        self._last = time.monotonic()
-        return rows
+    why: str = ""
+    taken_out: dict[str, str] = field(default_factory=dict)
+    """Devices that the run went on without, and why."""
 
 
 class StopRequest:
-    """Set by a signal, a budget or `ditmill stop`: hand out no more, finish what is under way."""
+    """Set by a signal, a budget, a guard or `ditmill stop`: hand out no more, finish what is under way."""
 
     def __init__(self) -> None:
-        self.reason = ""
+        self.reason = self.why = ""
 
-    def set(self, reason: str) -> None:
-        self.reason = self.reason or reason
+    def set(self, reason: str, why: str = "") -> None:
+        if not self.reason:
+            self.reason, self.why = reason, why
 
 
 def generate(
@@ -150,9 +139,9 @@ def generate(
     commits = Commits(job.storage, job.run_id, job.commit_every)
     progress = Progress(total=len(job.enumeration))
     samples = Table(job.storage, "samples")
-    done = IdSet(batch.column("sample_id") for batch in samples.batches(["sample_id"]))
-    progress.before_accepted = count_accepted(job.storage)
-    failed, attempts = _failures(job)
+    done = IdSet(batch.column("sample_id") for batch in samples.batches(["sample_id"], job.rows))
+    progress.before_accepted = count_accepted(job.storage, job.rows)
+    failed, attempts = failures(job.storage, job.rows, job.retry_failed)
     progress.before_done = len(done) + len(failed)
     limit = job.target.samples
     if limit is not None:
@@ -171,8 +160,11 @@ def generate(
     if ready is None:
         return Outcome("exhausted", batches.planned_through, progress, 0.0, {}, "")
     with beating(Pulse(job.storage, job.run_id), "running", run.counts, lambda: stop.set("stopped")):
-        run.make(itertools.chain([ready], first), groups())
-        progress.committed += commits.commit(force=True)
+        try:
+            run.make(ready, first, groups)
+            run.commit(force=True)
+        finally:
+            run.observer.end(commits, ledger, progress.accepted)
     ended = time.time()
     status = stop.reason or ("reached" if run.target_reached() else "exhausted")
     return Outcome(
@@ -184,6 +176,8 @@ def generate(
         ledger.overhead(ended, rows_cost(job.storage, job.run_id)),
         ledger.reproducible,
         ledger.entries,
+        stop.why,
+        run.taken_out,
     )
 
 
@@ -201,18 +195,29 @@ class _Run:
     ) -> None:
         self.job, self.commits, self.progress, self.ledger = job, commits, progress, ledger
         self.stop, self.report = stop, report
+        self.observer = Observer(job.run_id, job.name)
         self._came = 0  # batches
         self._deadline = parse_deadline(job.budget.deadline)
+        self._window = Window(job.guards)
+        self._canary: Batch | None = None
+        self._bad: Breach | None = None
+        self.taken_out: dict[str, str] = {}
 
     def target_reached(self) -> bool:
         wanted = self.job.target.accepted
         return wanted is not None and self.progress.before_accepted + self.progress.accepted >= wanted
 
-    def make(self, batches: Iterator[Batch], groups: tuple[Group, ...]) -> None:
-        """Take `batches` through the graph, to their rows. A graph that breaks is started again while there is progress."""
-        broke = True
+    def make(self, first: Batch, more: Iterator[Batch], place: Callable[[], tuple[Group, ...]]) -> None:
+        """Take batches through the graph, to their rows. A graph that breaks is started again while there is progress, and
+        one with a bad device is started again without it."""
+        batches, groups, broke = itertools.chain([first], more), place(), True
+        if self.job.guards.canary and sum(group.most_actors for group in groups if group.samples) > 1:
+            self._canary = canary_batch(take(first, np.array([0])))
         while broke:
             lost, broke = self.drive(batches, groups, in_flight(groups))
+            if self._bad is not None and self._take_out(self._bad, bool(lost)):
+                groups, broke = place(), True
+                lost, _ = self.drive(iter(lost), groups, in_flight(groups), to_the_end=True)
             if lost:
                 log().warning("batches were lost with their workers; each is tried again by itself", batches=len(lost))
             # Most of them only stood beside the one that killed the worker: each gets the graph to itself.
@@ -221,8 +226,23 @@ class _Run:
             died, _ = self.drive(singles, groups, 1, to_the_end=True) if lost else ([], False)
             for batch in died:
                 log().warning("sample failed", stage="", sample_id=batch["sample_id"][0], error_type="worker_died")
-                self.commits.add([_worker_died(self.job, batch)])
+                self.commits.add([worker_died(self.job.storage, self.job.run_id, batch)])
                 self.progress.failed += 1
+                self.observer.died()
+
+    def _take_out(self, bad: Breach, is_needed: bool) -> bool:
+        """Keep bad devices from everybody, or pause. WorldFault where that cannot be, and batches still need a device."""
+        self._bad = None
+        if all(map(hold, bad.devices.split(","))):
+            log().warning("devices were taken out", devices=bad.devices, why=bad.why)
+            self.taken_out[bad.devices] = bad.why
+            self._window.forget(bad.devices)
+            return True
+        why = f"{bad.why}, on {bad.devices}, which could not be taken out"
+        if is_needed:
+            raise WorldFault(why)
+        self.stop.set("paused", why)
+        return False
 
     def drive(
         self, batches: Iterator[Batch], groups: tuple[Group, ...], at_once: int, to_the_end: bool = False
@@ -242,10 +262,10 @@ class _Run:
         feeder = Feeder(at_once)
         context = {"run_id": self.job.run_id}
         try:
-            with contextlib.closing(results(feeder, groups, context, time.time())) as out:
+            with contextlib.closing(results(feeder, groups, context, time.time(), self._canary)) as out:
                 for batch in out:
-                    self._take(feeder, batch)
-                    self._tick()
+                    self._take(feeder, batch, to_the_end)
+                    self._tick(feeder)
                     if feeder.lost > MOST_LOST + self._came:
                         raise WorldFault(f"{feeder.lost} batches killed their workers and {self._came} came out")
                     self._feed(feeder, batches, to_the_end)
@@ -265,17 +285,23 @@ class _Run:
             self.ledger.release(time.time())
         return feeder.unfinished(), False
 
+    def commit(self, force: bool = False) -> None:
+        rows = self.commits.commit(force)
+        self.progress.committed += rows
+        if rows:
+            self.progress.last_commit = time.time()
+
     def _save(self) -> None:
         """What is written and whole is not lost with the run."""
         try:
-            self.progress.committed += self.commits.commit(force=True)
+            self.commit(force=True)
         except Exception as error:
             log().warning("could not commit", error=f"{type(error).__name__}: {error}")
 
     def _feed(self, feeder: Feeder, batches: Iterator[Batch], to_the_end: bool) -> None:
         while feeder.has_room:
             if not to_the_end:
-                if self.stop.reason or self.target_reached():
+                if self.stop.reason or self._bad or self.target_reached():
                     feeder.close()
                     return
                 if feeder.samples_in_flight and self._enough_under_way(feeder.samples_in_flight):
@@ -284,11 +310,8 @@ class _Run:
             if batch is None:
                 feeder.close()
                 return
-            self._put(feeder, batch)
-
-    def _put(self, feeder: Feeder, batch: Batch) -> None:
-        feeder.put(batch)
-        self.progress.launched += size(batch)
+            feeder.put(batch)
+            self.progress.launched += size(batch)
 
     def _enough_under_way(self, samples: int) -> bool:
         """Whether what is in flight will probably reach the target."""
@@ -298,36 +321,50 @@ class _Run:
         rate = (self.progress.accepted + 1) / (self.progress.done + 2)
         return self.progress.before_accepted + self.progress.accepted + rate * samples >= wanted
 
-    def _take(self, feeder: Feeder, batch: Batch) -> None:
+    def _take(self, feeder: Feeder, batch: Batch, to_the_end: bool) -> None:
         if "fault" in batch:
             kind, _, message = str(batch["fault"][0]).partition(": ")
+            if kind == "device" and not to_the_end:
+                devices, _, why = message.partition(": ")
+                self._bad = self._bad or Breach(why, devices)
+                return
             raise UserError(message) if kind == "user" else WorldFault(message)
         if "result" not in batch:
             return
         result = json.loads(batch["result"][0])
-        if not feeder.done(result["batch_index"]):
+        put = feeder.done(result["batch_index"])
+        if put is None:
             return
         self._came += 1
         self.progress.accepted += result["accepted"]
         self.progress.rejected += result["rejected"]
         self.progress.failed += result["failed"]
+        devices = next((entry["devices"] for entry in result["ledger"] if entry["devices"]), "")
+        if breach := self._window.add(devices, result["accepted"], result["rejected"], result["failed"]):
+            if breach.devices and not to_the_end:
+                self._bad = self._bad or breach
+            elif not breach.devices:
+                self.stop.set("paused", breach.why)
         self.progress.last_result = time.time()
         if not self.progress.first_result:
             self.progress.first_result, self.progress.first_done = self.progress.last_result, self.progress.done
         self.progress.nbytes += result["media_nbytes"] + sum(part["nbytes"] for part in result["parts"])
+        self.observer.came(put, result)
         self.ledger.add(result["ledger"])
         self.commits.add(result["parts"])
 
-    def _tick(self) -> None:
-        self.progress.committed += self.commits.commit()
-        self.report(self.progress)
+    def _tick(self, feeder: Feeder) -> None:
+        self.commit()
         budget = self.job.budget
         now = time.time()
+        self.progress.allocated = self.ledger.allocated(now)
+        self.report(self.progress)
+        self.observer.look(feeder.batches_in_flight, self.commits, self.ledger, self.progress.accepted)
         if budget.bytes is not None and self.progress.nbytes >= budget.bytes:
             self.stop.set("budget")
         if self._deadline is not None and now >= self._deadline:
             self.stop.set("budget")
-        if budget.accelerator_seconds is not None and self.ledger.allocated(now) >= budget.accelerator_seconds:
+        if budget.accelerator_seconds is not None and self.progress.allocated >= budget.accelerator_seconds:
             self.stop.set("budget")
 
     def counts(self) -> dict[str, Any]:
@@ -339,41 +376,11 @@ class _Run:
             "committed": progress.committed,
             "launched": progress.launched,
             "total": progress.total,
+            "before_done": progress.before_done,
+            "samples_per_second": round(progress.rate, 4),
+            "accelerator_seconds": round(progress.allocated, 1),
+            "last_commit": progress.last_commit,
         }
-
-
-def _failures(job: Job) -> tuple[IdSet, dict[str, int]]:
-    """Samples that failed before, and their next attempt's number where failures are retried."""
-    table = Table(job.storage, "failures")
-    if not job.retry_failed:
-        return IdSet(batch.column("sample_id") for batch in table.batches(["sample_id"])), {}
-    attempts: dict[str, int] = {}
-    for batch in table.batches(["sample_id", "attempt"]):
-        for sample_id, attempt in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
-            attempts[sample_id] = max(attempts.get(sample_id, 1), attempt + 1)
-    return IdSet([]), attempts
-
-
-def _worker_died(job: Job, batch: Batch) -> dict[str, Any]:
-    """A failures part for a sample that took its worker with it each time."""
-    row = {
-        "sample_id": batch["sample_id"][0],
-        "attempt": int(batch["attempt"][0]),
-        "prompt_id": batch["prompt_id"][0],
-        "prompt": batch["prompt"][0],
-        "sample_index": int(batch["sample_index"][0]),
-        "stage": "",
-        "error_type": "worker_died",
-        "error": "the worker process died each time it had this sample, alone and in its batch (out of memory, or a crash)",
-        "cost": [],
-        "run_id": job.run_id,
-        "node": socket.gethostname(),
-        "created_at": datetime.now(UTC),
-    }
-    part = write_part(
-        job.storage, f"failures/{job.run_id}-died-{row['sample_id']}.parquet", pa.Table.from_pylist([row], FAILURES)
-    )
-    return {"table": "failures", "path": part.path, "nbytes": part.nbytes, "rows": part.rows}
 
 
 def parse_deadline(text: str | None) -> float | None:

@@ -1,10 +1,4 @@
-"""The Ray Data graph: which stages share an actor, what each group gets, and how batches flow through them.
-
-    mailbox -> [encode, sample, decode] -> [score, judge, caption, write] -> results
-
-Stages that use the same model share an actor. On a small machine that is all there is: eight actors of one CPU each would
-never all start on two cores. With `compute.split: stages` encoding and decoding get actors of their own.
-"""
+"""The Ray Data graph, and how batches flow through it: mailbox -> groups of actors -> results."""
 
 from __future__ import annotations
 
@@ -13,13 +7,13 @@ import queue
 import threading
 import warnings
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infra.errors import UserError
-from infra.ray_session import session_lives
-from stages.batch import Batch, Stage, WorldFault
+from infra.ray_session import session_lives, started_here
+from pipelines.placement import Group
+from stages.batch import Batch, WorldFault
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -31,103 +25,9 @@ TICK_SECONDS = 0.25
 END_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class Group:
-    """Actors that run the same stages. `num_cpus` and `num_gpus` are one rank's; an actor is one, or leads several."""
-
-    name: str
-    stages: tuple[Stage, ...]
-    actors: int
-    num_cpus: float
-    num_gpus: float
-    drop: tuple[str, ...] = ()
-    on_gpu_cluster: bool = False
-
-    @property
-    def ranks(self) -> int:
-        return max(getattr(stage, "ranks", 1) for stage in self.stages)
-
-    @property
-    def accelerators(self) -> float:
-        """Devices an actor counts for, with its ranks: GPUs, or one a rank where the whole run has none."""
-        return self.ranks * (self.num_gpus if self.on_gpu_cluster else 1.0)
-
-    @property
-    def placed(self) -> tuple[Stage, ...]:
-        """The stages, told what their further ranks may ask Ray for."""
-        share = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
-        return tuple(replace(stage, **share) if hasattr(stage, "ranks") else stage for stage in self.stages)  # type: ignore[type-var]
-
-
-def place(
-    generating: tuple[Stage, ...],
-    judging: tuple[Stage, ...],
-    cpus: float,
-    gpus: float,
-    actors: dict[str, int] | None = None,
-    split: bool = False,
-    needs_model: bool = True,
-) -> tuple[Group, ...]:
-    """Groups for a cluster of `cpus` and `gpus`.
-
-    Args:
-        generating: EncodeText, SampleLatents, DecodeLatents.
-        judging: ScoreMedia, JudgeQuality, CaptionMedia, WriteShards.
-        actors: actors of the groups `sample` and `judge`, where the spec fixes them.
-        split: give encode, sample, decode and judge actors of their own.
-        needs_model: whether the judging group computes with a model (and so wants a share of a GPU).
-    """
-    fixed = actors or {}
-    ranks = max(getattr(stage, "ranks", 1) for stage in generating)
-    if gpus >= 1:
-        judges = fixed.get("judge", max(1, int(gpus) // 8))
-        judge_gpu = 0.0 if not needs_model else (0.25 if gpus < 2 else 1.0)
-        free = gpus - judges * judge_gpu
-        if ranks > 1 and free < ranks:
-            raise UserError(
-                f"layout.parallel: {ranks} ranks want a GPU each, found {free:g} of {gpus:g} free for it; use less"
-            )
-        samplers = fixed.get("sample", max(1, int(free) // ranks))
-        sample_gpu = min(1.0, free / (samplers * ranks))
-        if split and free >= 2 + ranks:
-            encode, sample, decode = generating
-            left = int(free - 2) // ranks if "sample" not in fixed else samplers
-            return (
-                Group("encode", (encode,), 1, 1, sample_gpu, on_gpu_cluster=True),
-                Group("sample", (sample,), max(1, left), 1, sample_gpu, ("cond.",), on_gpu_cluster=True),
-                Group("decode", (decode,), 1, 1, sample_gpu, on_gpu_cluster=True),
-                Group("judge", judging, judges, 1, judge_gpu, on_gpu_cluster=True),
-            )
-        return (
-            Group("sample", generating, samplers, 1, sample_gpu, ("cond.",), on_gpu_cluster=True),
-            Group("judge", judging, judges, 1, judge_gpu, on_gpu_cluster=True),
-        )
-    apart = 2 if split else 0  # encode and decode
-    judges = fixed.get("judge", max(1, int(cpus) // 8))
-    samplers = fixed.get("sample", max(1, (int(cpus) - judges - apart) // ranks))
-    share = min(1.0, max(0.1, (cpus - 0.1) / (judges + samplers * ranks + apart)))
-    if split:
-        encode, sample, decode = generating
-        return (
-            Group("encode", (encode,), 1, share, 0),
-            Group("sample", (sample,), samplers, share, 0, ("cond.",)),
-            Group("decode", (decode,), 1, share, 0),
-            Group("judge", judging, judges, share, 0),
-        )
-    return (
-        Group("sample", generating, samplers, share, 0, ("cond.",)),
-        Group("judge", judging, judges, share, 0),
-    )
-
-
 def _bounded_retries() -> dict[str, int]:
     """Ray Data's default restarts a batch that kills its worker for ever."""
     return {"max_restarts": 20, "max_task_retries": 1}
-
-
-def in_flight(groups: tuple[Group, ...]) -> int:
-    """Batches under way at most: each actor has one in hand and one waiting."""
-    return 2 * sum(group.actors for group in groups) + 2
 
 
 def worker_env(threads: int) -> dict[str, str]:
@@ -150,7 +50,11 @@ class GraphBroke(WorldFault):
 
 
 def results(
-    feeder: Feeder, groups: tuple[Group, ...], context: dict[str, str], earliest: float
+    feeder: Feeder,
+    groups: tuple[Group, ...],
+    context: dict[str, str],
+    earliest: float,
+    canary: Batch | None = None,
 ) -> Generator[Batch, None, None]:
     """Run the graph: the last group's batches as they come out, until the feeder is closed and all are out.
 
@@ -163,11 +67,12 @@ def results(
         groups: the actors, in the order in which batches go through them.
         context: bound to every log line of the actors.
         earliest: when the actors were asked for, Unix seconds.
+        canary: a batch of one sample that every sampler group makes first (see stages.canary).
     """
     from pipelines.feed import Watch
 
     out: queue.Queue[Batch | str | None] = queue.Queue()
-    arguments = (_dataset(feeder, groups, context, earliest), out)
+    arguments = (_dataset(feeder, groups, context, earliest, canary), out)
     thread = threading.Thread(target=_pump, args=arguments, name="graph", daemon=True)
     thread.start()
     try:
@@ -191,12 +96,14 @@ def results(
         feeder.end()
 
 
-def _dataset(feeder: Feeder, groups: tuple[Group, ...], context: dict[str, str], earliest: float) -> Dataset:
+def _dataset(
+    feeder: Feeder, groups: tuple[Group, ...], context: dict[str, str], earliest: float, canary: Batch | None
+) -> Dataset:
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
 
     from pipelines.feed import MailboxSource, Watch
-    from stages.actor import StageActor
+    from stages.actor import StageActor, pack
 
     settings = DataContext.get_current()
     settings.enable_progress_bars = False
@@ -206,10 +113,12 @@ def _dataset(feeder: Feeder, groups: tuple[Group, ...], context: dict[str, str],
     # Blocks are of one row, a batch: hand each on at once instead of collecting 128 MiB of them.
     settings.target_max_block_size = 1
     settings.target_min_block_size = 1
+    # Ray Data would keep a share of the CPUs for each group, and let none grow into what another does not use.
+    settings.op_resource_reservation_enabled = all(group.most_actors == group.actors for group in groups)
     dataset = ray.data.read_datasource(MailboxSource(feeder.mailbox), override_num_blocks=1, num_cpus=0.01)
     # Ray Data has no other way yet to bound restarts.
     warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
-    for group in groups:
+    for group in _delivered(feeder, groups):
         dataset = dataset.map_batches(
             StageActor,
             fn_constructor_args=(
@@ -220,16 +129,34 @@ def _dataset(feeder: Feeder, groups: tuple[Group, ...], context: dict[str, str],
                 earliest,
                 context,
                 feeder.mailbox,
+                None if canary is None else pack(canary),
             ),
-            batch_size=None,
+            # Blocks are of one row. Ray Data takes no "as they are" where there are GPUs.
+            batch_size=1 if group.num_gpus else None,
             batch_format="pyarrow",
             zero_copy_batch=True,
             num_cpus=group.num_cpus,
             num_gpus=group.num_gpus or None,
-            compute=ActorPoolStrategy(size=group.actors, max_tasks_in_flight_per_actor=2),
+            accelerator_type=group.accelerator_type,
+            compute=ActorPoolStrategy(
+                min_size=group.actors, max_size=group.most_actors, max_tasks_in_flight_per_actor=2
+            ),
             ray_remote_args_fn=_bounded_retries,
         )
     return dataset
+
+
+def _delivered(feeder: Feeder, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """The groups; on a cluster that was there before, with stages that fetch the models which their machine lacks."""
+    if started_here():
+        return groups
+    from stages.delivery import deliver
+
+    delivery = deliver(stage for group in groups for stage in group.stages)
+    if delivery is None:
+        return groups
+    feeder.mailbox.join.remote("library", delivery.library)  # to be ended with the graph's actors
+    return tuple(replace(group, stages=tuple(map(delivery.of, group.stages))) for group in groups)
 
 
 def _pump(dataset: Dataset, out: queue.Queue[Batch | str | None]) -> None:

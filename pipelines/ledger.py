@@ -26,6 +26,7 @@ class Ledger:
 
     def add(self, entries: list[Entry]) -> None:
         for entry in entries:
+            entry.pop("steps", None)  # of one batch; see stages.actor.Step
             known = self._entries.get(entry["actor"])
             if known is None or known["ended_at"] < entry["ended_at"]:
                 self._entries[entry["actor"]] = entry
@@ -41,6 +42,13 @@ class Ledger:
             (self._released.get(slot, until) - _began(lives)) * lives[0]["accelerators"]
             for slot, lives in self._slots().items()
         )
+
+    @property
+    def busy_share(self) -> float:
+        """Share of the accelerator-seconds that the actors told of in which they had a batch in hand; 0 before any did."""
+        kinds = ("boot_seconds", "load_seconds", "idle_seconds", "busy_seconds")
+        told = sum(sum(entry[kind] for kind in kinds) * entry["accelerators"] for entry in self.entries)
+        return sum(entry["busy_seconds"] * entry["accelerators"] for entry in self.entries) / told if told else 0.0
 
     def overhead(self, until: float, rows: float | None = None) -> dict[str, float]:
         """What of them is in no sample's cost, accelerator-seconds by kind.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 
 from stages.actor import pack
+from stages.canary import Canaries
 
 
 @ray.remote(num_cpus=0)
@@ -16,6 +18,7 @@ class Mailbox:
     """Batches by their number. A batch stays until it is done, so that a reader that died can start over.
 
     It also knows the graph's actors: Ray Data lets go of them, but one that is just being started again stays, with its CPU.
+    And it holds the canaries of the sampler groups against each other.
     """
 
     def __init__(self) -> None:
@@ -24,6 +27,8 @@ class Mailbox:
         self._put = 0
         self._closed = False
         self._changed = asyncio.Condition()
+        self._canaries = Canaries()
+        self._encoded: asyncio.Future[pa.Table] = asyncio.get_event_loop().create_future()
 
     async def put(self, number: int, block: pa.Table) -> None:
         async with self._changed:
@@ -40,6 +45,18 @@ class Mailbox:
     async def actors(self) -> dict[str, Any]:
         """By their ids."""
         return self._actors
+
+    async def offer(self, canary: pa.Table) -> None:
+        """The canary as it is encoded, for groups that encode nothing."""
+        if not self._encoded.done():
+            self._encoded.set_result(canary)
+
+    async def encoded(self) -> pa.Table:
+        return await asyncio.shield(self._encoded)
+
+    async def differs(self, kind: str, made: np.ndarray) -> str:
+        """See stages.canary.Canaries."""
+        return self._canaries.differs(kind, made)
 
     async def close(self) -> None:
         async with self._changed:

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from infra.errors import UserError
+from infra.safe_yaml import load_yaml
 
 
 def override(data: dict[str, Any], assignment: str, defaults: dict[str, Any]) -> None:
@@ -19,14 +20,14 @@ def override(data: dict[str, Any], assignment: str, defaults: dict[str, Any]) ->
     if not equals or not all([*parents, last]):
         raise UserError(f"--set {assignment}: expected key=value, such as sampler.num_inference_steps=4")
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {assignment}: the value is not YAML; put it in quotes") from error
     node: Any = data
     default: Any = defaults
     for at, part in enumerate(parents):
         default = _under(default, part)
-        follows_index = [*parents, last][at + 1].isdigit()
+        follows_index = [*parents, last][at + 1].isdecimal()
         node = _child(node, part, default if follows_index else {}, assignment, parents[:at])
     if isinstance(node, list):
         node[_index(node, last, assignment)] = value
@@ -48,12 +49,16 @@ def _child(node: Any, part: str, new: Any, assignment: str, above: list[str]) ->
 
 def _under(default: Any, part: str) -> Any:
     if isinstance(default, list):
-        return default[int(part)] if part.isdigit() and int(part) < len(default) else None
+        return default[int(part)] if _is_index(part) and int(part) < len(default) else None
     return default.get(part) if isinstance(default, dict) else None
 
 
+def _is_index(part: str) -> bool:
+    return part.isdecimal() and len(part) < 10
+
+
 def _index(items: list[Any], part: str, assignment: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not _is_index(part) or int(part) >= len(items):
         valid = f"0 to {len(items) - 1}" if items else "none, for it is empty"
         raise UserError(
             f"--set {assignment}: expected an index ({valid}), found {part}; or set the whole list, key=[...]"

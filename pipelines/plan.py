@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
+from infra.ray_session import Cluster
 from infra.storage import reaching
 from models.licences import Licence
 from models.source import is_here
@@ -19,10 +20,10 @@ from pipelines import calibrate as calibration
 from pipelines.calibrate import Calibration
 from pipelines.dedup import RecordReport
 from pipelines.differences import Difference, difference
-from pipelines.graph import Group
+from pipelines.placement import Group
 from pipelines.records import unique_records
 from pipelines.resolve import resolve_spec, sampler_plan
-from pipelines.run import Cluster, check_dataset, sample_groups
+from pipelines.run import check_dataset, sample_groups
 from pipelines.spec import Spec, absolute_paths
 from pipelines.unknown_words import CHUNK, unknown_lines
 
@@ -68,8 +69,10 @@ class PlanReport:
                     "name": group.name,
                     "stages": [stage.name for stage in group.stages],
                     "actors": group.actors,
+                    "most_actors": group.most_actors,
                     "num_cpus": group.num_cpus,
                     "num_gpus": group.num_gpus,
+                    "accelerator_type": group.accelerator_type,
                     "ranks": group.ranks,
                 }
                 for group in self.groups
@@ -118,7 +121,7 @@ def _first_prompts(spec: Spec) -> Iterator[pa.Array]:
 def local_cluster(spec: Spec) -> Cluster:
     """What a cluster started on this machine would have, within the spec's limits."""
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    limits: dict[str, float] = dict(spec.compute.limits)  # type: ignore[arg-type]
+    limits = spec.compute.limits
     return Cluster(
         min(float(os.cpu_count() or 1), limits.get("cpus", float("inf"))),
         min(float(gpus), limits.get("gpus", float("inf"))),
@@ -139,7 +142,13 @@ def render(plan: PlanReport, name: str) -> str:
         stages = " > ".join(stage.name for stage in group.stages)
         gpus = f", {group.num_gpus:g} GPU" if group.num_gpus else ""
         each = f"{group.ranks} ranks of " if group.ranks > 1 else ""
-        lines.append(f"  {group.name}: {stages}: {group.actors} actor(s) of {each}{group.num_cpus:.2g} CPU{gpus}")
+        kind = f" ({group.accelerator_type})" if group.accelerator_type else ""
+        count = (
+            f"{group.actors} actor(s)"
+            if group.most_actors == group.actors
+            else f"{group.actors} to {group.most} actors"
+        )
+        lines.append(f"  {group.name}: {stages}: {count} of {each}{group.num_cpus:.2g} CPU{gpus}{kind}")
     if plan.estimate is not None:
         found = plan.estimate
         lines.append(

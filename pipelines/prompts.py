@@ -24,8 +24,9 @@ from infra.tables import Table
 from pipelines.dedup import Exclusions, RecordReport
 from pipelines.enumeration import PLANNED
 from pipelines.feed import Feeder
-from pipelines.graph import Group, in_flight, results
+from pipelines.graph import results
 from pipelines.idset import IdSet
+from pipelines.placement import Group, in_flight
 from pipelines.records import PromptRecord, expand_rows, resolve_prompts, unique_records, variant_ids
 from pipelines.resolve import Resolved
 from stages.batch import Batch, WorldFault, load_json, texts

@@ -16,7 +16,9 @@ from hashlib import file_digest
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import UserError
+from infra.secrets import redact
 from pipelines.identity import Input
+from pipelines.policy import Policy, refusal
 from pipelines.record_files import MEDIA_COLUMNS, Row, filesystem
 
 if TYPE_CHECKING:
@@ -26,8 +28,13 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def inputs_field(row: Row, fields: Mapping[str, Any], storage: Storage | None) -> tuple[tuple[Input, ...], str]:
-    """The inputs of a record, their uris made absolute and their contents hashed, and why one of them cannot be read."""
+def inputs_field(
+    row: Row, fields: Mapping[str, Any], storage: Storage | None, policy: Policy | None = None
+) -> tuple[tuple[Input, ...], str]:
+    """The inputs of a record, their uris made absolute and their contents hashed, and why one of them cannot be read.
+
+    One that `policy` does not let be opened is not opened; its uri comes back without its secrets.
+    """
     listed = fields.get("inputs", [])
     if isinstance(listed, str):
         try:
@@ -46,7 +53,10 @@ def inputs_field(row: Row, fields: Mapping[str, Any], storage: Storage | None) -
     unreadable = ""
     for name, item in items:
         one = _input(row, name, item)
-        if not one.sha256:
+        if said := refusal(one.uri, policy or Policy()):
+            unreadable = unreadable or said
+            one = Input(one.role, redact(one.uri), one.sha256, one.start, one.end)
+        elif not one.sha256:
             sha256, reason = _sha256(one.uri, storage)
             unreadable = unreadable or reason
             one = Input(one.role, one.uri, sha256, one.start, one.end)

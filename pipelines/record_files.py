@@ -86,13 +86,16 @@ def read_rows(uri: str, *, key: str, column: str = "prompt", storage: Storage | 
 
 
 def filesystem(uri: str, storage: Storage | None = None) -> tuple[AbstractFileSystem, str]:
-    """The filesystem of a URL, and the path on it. Credentials come from the environment."""
+    """The filesystem of a URL, and the path on it. Credentials come from where the dataset's come from."""
+    if storage and uri.startswith(("s3://", "s3a://")):
+        from infra import s3
+        from infra.storage import Storage as Root
+
+        root = Root(uri, **storage.model_dump())
+        return s3.filesystem(root, cache_type="readahead"), root.path()
     import fsspec
 
-    options: dict[str, Any] = {}
-    if storage and uri.startswith(("s3://", "s3a://")):
-        options = {"endpoint_url": storage.endpoint_url, "client_kwargs": {"region_name": storage.region}}
-    fs, path = fsspec.core.url_to_fs(uri, **options)
+    fs, path = fsspec.core.url_to_fs(uri)
     return fs, str(path)
 
 
@@ -141,7 +144,16 @@ def _translated(file: File, key: str, rows: Iterator[Row]) -> Iterator[Row]:
 
     try:
         yield from rows
-    except (EOFError, zlib.error, gzip.BadGzipFile, csv.Error, UnicodeDecodeError, pa.ArrowException) as error:
+    except (
+        EOFError,
+        zlib.error,
+        gzip.BadGzipFile,
+        csv.Error,
+        ValueError,
+        OverflowError,
+        LookupError,
+        pa.ArrowException,
+    ) as error:
         raise UserError(f"{key}: {file.name} is damaged ({_line(error)}); write it again") from error
     except OSError as error:
         if not file.is_local:
@@ -206,7 +218,7 @@ def _jsonl(file: File, key: str, column: str) -> Iterator[Row]:
 def _csv(file: File, key: str, column: str) -> Iterator[Row]:
     csv.field_size_limit(LINE_LIMIT)
     with _open(file) as opened, io.TextIOWrapper(opened, "utf-8-sig", "surrogateescape", newline="") as text:
-        reader = csv.reader(text)
+        reader = csv.reader(_bounded(text, file, key))
         header: list[str] | None = None
         for cells in reader:
             place = f"{key}: {file.name}, line {reader.line_num}"
@@ -224,6 +236,16 @@ def _csv(file: File, key: str, column: str) -> Iterator[Row]:
                 yield Row(place, dict(zip(header, cells, strict=False)), file.folder)
 
 
+def _bounded(text: IO[str], file: File, key: str) -> Iterator[str]:
+    """The lines of a CSV file; the reader's own limit is on cells that it holds already."""
+    while line := text.readline(LINE_LIMIT + 1):
+        if len(line) > LINE_LIMIT:
+            raise UserError(
+                f"{key}: {file.name}: a line is longer than {LINE_LIMIT >> 20} MiB; is this a file of prompts?"
+            )
+        yield line
+
+
 def _parquet(file: File, key: str, column: str) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
@@ -234,6 +256,8 @@ def _parquet(file: File, key: str, column: str) -> Iterator[Row]:
             raise UserError(no_prompt(f"{key}: {file.name}", column, schema.names))
         # bytes beside the prompt (thumbnails, embeddings) are neither read nor passed on
         names = [field.name for field in schema if field.name in {column, *FIELDS} or not _holds_bytes(field.type)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"{key}: {file.name}: column {twice[:40]!r} stands twice; give each its own name")
         number = 0
         for batch in table.iter_batches(PARQUET_ROWS, columns=names):
             for values in zip(*(_values(batch.column(name)) for name in names), strict=True):
@@ -246,6 +270,8 @@ def _values(column: pa.Array) -> list[Any]:
         return column.to_pylist()
     except UnicodeDecodeError:  # Parquet promises UTF-8 and does not check it
         return [_decoded(value) for value in column.cast(_as_binary(column.type)).to_pylist()]
+    except (ValueError, OverflowError):  # a time that Python cannot hold: in the year 300,000, or of nanoseconds
+        return column.cast("string").to_pylist()
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

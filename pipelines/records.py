@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,11 @@ def read_records(
     seed: int,
     report: RecordReport | None = None,
     storage: spec.Storage | None = None,
+    policy: spec.Policy | None = None,
 ) -> Iterator[PromptRecord]:
     """All records of `prompts`, as a stream, in order. `seed` is of those that give none.
+
+    An input that `policy` does not allow makes its record a bad one.
 
     Raises UserError for a file that is missing, empty, of no known format or damaged, and for a field of the wrong type.
     """
@@ -97,7 +100,7 @@ def read_records(
             report.blank += 1
             continue
         try:
-            record = _record(row, prompts.column, buckets, seed, storage)
+            record = _record(row, prompts.column, buckets, seed, storage, policy)
         except RecursionError as error:
             raise UserError(f"{row.place}: is nested too deeply; make it flat") from error
         report.read += 1
@@ -180,7 +183,8 @@ def _unique(of: spec.Spec, report: RecordReport | None) -> Iterator[tuple[Prompt
     report = report if report is not None else RecordReport()
     storage = of.output.storage
     keeper = Deduplicator(of.prompts, Exclusions.read(of.prompts, storage), report)
-    for record in read_records(of.prompts, of.buckets, of.seed, report, storage):
+    for found in read_records(of.prompts, of.buckets, of.seed, report, storage, of.policy):
+        record = replace(found, seed=of.schedule.seed(found.seed)) if of.schedule.tick else found
         identity = record.prompt_id()
         if keeper.keeps(record, identity):
             yield record, identity
@@ -218,7 +222,12 @@ def _inline(prompts: spec.Prompts) -> Iterator[Row]:
 
 
 def _record(
-    row: Row, column: str, buckets: Sequence[spec.Bucket], seed: int, storage: spec.Storage | None
+    row: Row,
+    column: str,
+    buckets: Sequence[spec.Bucket],
+    seed: int,
+    storage: spec.Storage | None,
+    policy: spec.Policy | None,
 ) -> PromptRecord:
     fields = {name: value for name, value in (row.fields or {}).items() if not is_absent(value)}
     place = row.place
@@ -240,7 +249,7 @@ def _record(
         extra["id"] = own_id
     if bad_prompt or bad_negative:
         extra[BAD_TEXT] = True
-    inputs, unreadable = inputs_field(row, fields, storage)
+    inputs, unreadable = inputs_field(row, fields, storage, policy)
     if unreadable:
         extra[BAD_INPUT] = unreadable
     licence = "licence" if "licence" in fields else "license"

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from infra.errors import UserError
-from infra.shard import TarWriter
+from infra.shard import TarWriter, is_member, outside
 from infra.storage import Storage
 from stages.write import sidecar
 
@@ -69,10 +69,16 @@ def pack(storage: Storage, rows: pa.Table, path: str) -> tuple[pa.Table, File]:
 
 
 def _members(storage: Storage, row: Row) -> Iterator[tuple[str, bytes]]:
+    if not is_member(f"{row['sample_id']}.json", row["sample_id"]):
+        raise UserError(
+            f"sample {row['sample_id'][:40]!r}: is no sample's id, something else wrote to `samples`; restore it"
+        )
     yield f"{row['sample_id']}.json", sidecar(row)
     for item in (*row["media"], *row["tensors"]):
-        place = f"sample {row['sample_id']}: {item['shard']} {item['member']}"
+        place = " ".join(f"sample {row['sample_id']}: {item['shard']} {item['member']}".split())
         mend = "withdraw the sample, or restore the file (`ditmill verify` lists what else is wrong)"
+        if outside(item["shard"]) or not is_member(item["member"], row["sample_id"]):
+            raise UserError(f"{place}: lies outside of the dataset, or has not the sample's name; {mend}")
         try:
             data = storage.read_bytes(item["shard"], item["offset"], item["offset"] + item["nbytes"])
         except FileNotFoundError as error:

@@ -28,7 +28,7 @@
   const cell = (text) => {
     // a spreadsheet would run what starts like a formula
     const safe = /^[=+\-@\t\r]/.test(text) ? "'" + text : text;
-    return /[",\r\n]/.test(safe) ? '"' + safe.replaceAll('"', '""') + '"' : safe;
+    return /[",;\t\r\n]/.test(safe) ? '"' + safe.replaceAll('"', '""') + '"' : safe;
   };
   const csv = () => {
     const rows = [...labels].filter(([, entry]) => entry.label);

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
 
+from infra.secrets import redact
 from infra.storage import Storage
 from infra.tables import dataset_exists, read_dataset_json
 from pipelines import charts
@@ -22,7 +23,7 @@ from pipelines.contact_sheet import sheet_of
 from pipelines.decisions import read_decisions
 from pipelines.gallery import Tile, clamp, gallery
 from pipelines.report_data import MEDIA_SCORES, Facts, Snapshot, read_facts
-from pipelines.run_log import Run, Threshold, redact, thresholds
+from pipelines.run_log import Run, Threshold, thresholds
 
 MAX_SAMPLES = 500
 MAX_BYTES = 30_000_000
@@ -71,17 +72,18 @@ def build_report(
     max_samples: int = MAX_SAMPLES,
     max_bytes: int = MAX_BYTES,
     sheet: bool = True,
+    refresh: int | None = None,
 ) -> ReportSummary:
     """Write the page (and `contact_sheet.png` beside it) under the dataset's root, and say what is in it.
 
     At most `max_samples` samples are shown and the page weighs at most `max_bytes`. Any dataset gives a page: an empty one,
-    one with failures only, one whose media are damaged or gone.
+    one with failures only, one whose media are damaged or gone. A browser loads it anew every `refresh` seconds.
     """
     decisions = read_decisions(storage)
     snapshot = Snapshot(storage)
     facts = read_facts(snapshot, decisions)
     tiles = gallery(storage, snapshot, facts, decisions, max_samples, max_bytes - REST_BYTES)
-    page = render(facts, tiles, title or _name(storage), key=storage.root).encode()
+    page = render(facts, tiles, title or _name(storage), key=storage.root, refresh=refresh).encode()
     storage.write_bytes(out, page)
     if sheet:
         folder, _, _ = out.rpartition("/")
@@ -102,7 +104,7 @@ def build_report(
     )
 
 
-def render(facts: Facts, tiles: Sequence[Tile], title: str, key: str) -> str:
+def render(facts: Facts, tiles: Sequence[Tile], title: str, key: str, refresh: int | None = None) -> str:
     """The page. `key` names the dataset for the labels that the browser remembers."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -122,6 +124,7 @@ def render(facts: Facts, tiles: Sequence[Tile], title: str, key: str) -> str:
     costs = _costs(facts)
     return environment.get_template("report.html").render(
         title=title,
+        refresh=refresh,
         facts=facts,
         last=last,
         made=datetime.now(UTC),

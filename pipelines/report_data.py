@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra import schema
+from infra.secrets import redact
 from infra.storage import Storage
 from infra.tables import Table
 from pipelines.decisions import Decision
-from pipelines.run_log import Run, read_runs, redact
+from pipelines.run_log import Run, read_runs
 from stages.score import MEASURED
 
 VERDICTS = ("accepted", "rejected")

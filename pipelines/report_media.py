@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from infra.media import decode, encode
+from infra.shard import outside
 from infra.storage import Storage
 
 SMALL = (256, 30)
@@ -86,7 +87,7 @@ def _is_strip(item: dict[str, Any], row: dict[str, Any]) -> bool:
 
 def _read(storage: Storage, item: dict[str, Any]) -> bytes:
     shard = item["shard"] or ""
-    if "://" in shard or shard.startswith("/") or ".." in shard.split("/"):
+    if outside(shard):
         raise ValueError(f"it lives outside of the dataset, in {shard}")
     data = storage.read_bytes(shard, item["offset"], item["offset"] + item["nbytes"])
     if len(data) != item["nbytes"]:

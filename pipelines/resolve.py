@@ -239,8 +239,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
 
 
 def storage_of(spec: Spec) -> Storage:
-    settings = spec.output.storage
-    return Storage(spec.output.uri.rstrip("/"), settings.endpoint_url, settings.region, settings.allow_http)
+    return Storage(spec.output.uri.rstrip("/"), **spec.output.storage.model_dump())
 
 
 def sampler_plan(spec: Spec) -> SamplerPlan:

@@ -7,7 +7,7 @@ import platform
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -17,29 +17,22 @@ import pyarrow as pa
 from infra.commit import Committer, write_part
 from infra.control import Pulse, beating, sweep, sweep_stale
 from infra.errors import UserError
+from infra.ray_session import Cluster
 from infra.schema import RUNS, SCHEMA_VERSION
+from infra.secrets import redact
 from infra.storage import reaching, writing
 from infra.tables import Table, dataset_exists, read_dataset_json
 from infra.telemetry import bound, log
 from pipelines.dedup import RecordReport
 from pipelines.enumeration import Enumeration
 from pipelines.generate import Job, Outcome, Progress, StopRequest, generate
-from pipelines.graph import Group, place
+from pipelines.placement import Group, place
 from pipelines.prompts import commit_prompts
 from pipelines.recipes import RECIPES
 from pipelines.resolve import Resolved, code_version
-from pipelines.run_log import redact
 from pipelines.unknown_words import warn_of_unknown_words
 
 LIBRARIES = ("torch", "diffusers", "transformers", "ray", "prefect", "deltalake", "pyarrow", "av", "numpy")
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What a run may use of its Ray cluster."""
-
-    cpus: float
-    gpus: float
 
 
 def open_dataset(run: Resolved) -> None:
@@ -139,6 +132,9 @@ def make_samples(
         budget=run.spec.budget,
         commit_every=run.spec.output.commit_every,
         retry_failed=retry_failed,
+        guards=run.spec.guards,
+        rows=run.spec.schedule.rows(run.storage),
+        name=run.spec.name,
     )
     try:
         with bound(run_id=run.run_id):
@@ -152,11 +148,12 @@ def make_samples(
             log().warning("could not record how the run ended", run_id=run.run_id, error=said)
         raise
     progress = outcome.progress
+    told = {"actors": outcome.actors, "why": outcome.why, "taken_out": outcome.taken_out}
     commit_run_row(
         run,
         "ended",
         status=outcome.status,
-        **known | {"extra_json": json.dumps({**ids, "actors": outcome.actors})},
+        **known | {"extra_json": json.dumps(ids | told)},
         planned_through=outcome.planned_through,
         accepted=progress.accepted,
         rejected=progress.rejected,
@@ -179,15 +176,12 @@ def clean_up(run: Resolved) -> list[str]:
 
 def sample_groups(run: Resolved, cluster: Cluster) -> tuple[Group, ...]:
     """Where the stages of generating run."""
-    compute = run.spec.compute
     recipe = RECIPES[run.spec.recipe]
     return place(
         recipe.generating(run),
         recipe.judging(run),
-        cluster.cpus,
-        cluster.gpus,
-        actors={str(name): count for name, count in compute.actors.items()},
-        split=compute.split == "stages" or (compute.split == "auto" and cluster.gpus >= 8),
+        cluster.free(),
+        run.spec.compute,
         needs_model=run.judge is not None or run.captioner is not None,
     )
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from infra.errors import UserError
+from infra.secrets import redact
 from stages.rubric import load_rubric
 
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
@@ -94,11 +94,6 @@ def _judge_thresholds(judge: Mapping[str, Any]) -> dict[str, float]:
         return load_rubric(str(judge.get("rubric"))).thresholds(own)
     except UserError:  # a rubric file that is not on this machine
         return own
-
-
-def redact(text: str) -> str:
-    """The text without the user:password part of URLs."""
-    return re.sub(r"(\w+://)[^/@\s]*@", r"\1", text)
 
 
 def _json(text: str | None) -> Any:

@@ -17,7 +17,16 @@ PACK_GUIDANCE = 1.75
 class Section(BaseModel):
     """Keys that belong together. A key that is not known is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _fits_64_bits(cls, value: Any) -> Any:
+        """Tables and tensors count in 64 bits."""
+        for number in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise ValueError(f"expected a whole number of 64 bits, found {number}")
+        return value
 
 
 def _yes_no(value: Any) -> Any:
@@ -68,7 +77,9 @@ class Expand(Section):
     model: str = Field(DEFAULT_PACK, description="A causal language model with a chat template.")
     revision: str | None = Field(None, description="Hub revision.")
     variants: int = Field(2, ge=1, description="Prompts made from each record.")
-    temperature: float = Field(0.8, ge=0, description="Sampling temperature; 0 is greedy.")
+    temperature: float = Field(
+        0.8, ge=0, description="Sampling temperature; 0 is greedy. top_k, top_p and min_p are the checkpoint's own."
+    )
     max_new_tokens: int = Field(96, ge=1, description="Longest expansion, in tokens.")
     instruction: str = Field(
         "Rewrite this prompt for a video model: keep all that it says, add detail on look and motion. Prompt: {prompt}",
@@ -316,20 +327,31 @@ class Budget(Section):
         return value
 
 
-class Policy(Section):
-    """What is allowed."""
-
-    licences: Literal["warn", "refuse", "ignore"] = Field(
-        "warn", description="What to do when a model's licence may not let its outputs train others."
-    )
-
-
 class Storage(Section):
-    """How to reach object storage; credentials come from the environment only."""
+    """How to reach S3. Credentials are never in a spec: they come from the environment, a profile or the machine's role."""
 
     endpoint_url: str | None = Field(None, description="S3 endpoint; left out, the provider's own.")
     region: str | None = Field(None, description="S3 region.")
     allow_http: bool = Field(False, description="Allow an endpoint without TLS.")
+    path_style: bool | None = Field(
+        None, description="Put the bucket in the path, not in the host's name; left out, where endpoint_url is given."
+    )
+    profile: str | None = Field(
+        None, description="Named AWS profile that credentials and region come from; every node needs it."
+    )
+    server_side_encryption: Literal["AES256", "aws:kms"] | None = Field(
+        None, description="Encryption asked for each object; left out, the bucket's own."
+    )
+    kms_key_id: str | None = Field(None, description="Key of aws:kms; left out, the account's own for S3.")
+    timeout: float = Field(20, gt=0, description="Seconds without an answer until a request is given up and repeated.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Storage:
+        if self.kms_key_id and self.server_side_encryption != "aws:kms":
+            raise ValueError("kms_key_id needs server_side_encryption: aws:kms")
+        if (self.endpoint_url or "").startswith("http://") and not self.allow_http:
+            raise ValueError("endpoint_url has no TLS; use https://, or set allow_http: true")
+        return self
 
 
 class Output(Section):
@@ -349,19 +371,3 @@ class Output(Section):
         {}, description="Tensors kept beside accepted media, with their dtype."
     )
     storage: Storage = Field(Storage(), description="Object storage.")
-
-
-class Compute(Section):
-    """What a run may use."""
-
-    ray_address: str | None = Field(
-        None, description="Address of a running Ray cluster; left out, one is started here."
-    )
-    limits: dict[Literal["cpus", "gpus"], float] = Field({}, description="Most CPUs and GPUs that this run takes.")
-    actors: dict[Literal["sample", "judge"], int] = Field(
-        {}, description="Actors of a stage group; left out, as many as fit."
-    )
-    split: Literal["auto", "shared", "stages"] = Field(
-        "auto",
-        description="shared: few actors hold several stages (small machines); stages: each model has its own actors.",
-    )

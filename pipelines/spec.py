@@ -8,25 +8,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, model_validator
 
 from infra.errors import UserError
+from infra.safe_yaml import read_yaml
 from pipelines.explain import explain
+from pipelines.guards import Guards
 from pipelines.overrides import override
+from pipelines.placement import Compute
+from pipelines.policy import Policy, named_urls, refusal
+from pipelines.schedule import Notify, Schedule
 from pipelines.sections import (
     DEFAULT_PACK,
     Adapter,
     Bucket,
     Budget,
     Caption,
-    Compute,
     Expand,
     Generator,
     Judge,
     Layout,
     Output,
     Parallel,
-    Policy,
     Prompts,
     Sampler,
     Score,
@@ -34,6 +37,7 @@ from pipelines.sections import (
     Storage,
     Target,
 )
+from pipelines.values import check_values
 
 __all__ = [
     "DEFAULT_PACK",
@@ -44,13 +48,16 @@ __all__ = [
     "Compute",
     "Expand",
     "Generator",
+    "Guards",
     "Judge",
     "Layout",
+    "Notify",
     "Output",
     "Parallel",
     "Policy",
     "Prompts",
     "Sampler",
+    "Schedule",
     "Score",
     "Spec",
     "Storage",
@@ -84,32 +91,31 @@ class Spec(Section):
     caption: Caption | None = Field(Caption(), description="The captioner; null writes no captions.")
     target: Target = Field(Target(), description="When there is enough; left out, all planned samples are made.")
     budget: Budget = Field(Budget(), description="When to stop.")
-    guards: dict[str, Any] = Field({}, description="Not built in yet; must be empty.")
-    schedule: dict[str, Any] = Field({}, description="Not built in yet; must be empty.")
+    guards: Guards = Field(Guards(), description="What ends a run that goes wrong.")
+    schedule: Schedule = Field(Schedule(), description="When it runs by itself.")
+    notify: Notify = Field(Notify(), description="Who is told of its end.")
     policy: Policy = Field(Policy(), description="Policies.")
     output: Output = Field(Output(), description="Where it lands.")
     compute: Compute = Field(Compute(), description="What it may use.")
 
-    @field_validator("guards", "schedule")
-    @classmethod
-    def _empty(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if value:
-            raise ValueError("not available in this version; remove it")
-        return value
+    @model_validator(mode="after")
+    def _names_allowed_places(self) -> Spec:
+        for key, url in named_urls(self):
+            if said := refusal(url, self.policy):
+                raise ValueError(f"{key}: {said}")
+        return self
 
 
 def load_spec(path: str | Path, overrides: list[str] | None = None) -> Spec:
     """The spec in a YAML file, with `a.b=c` overrides. Relative paths in it are taken from the working directory."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        data = read_yaml(Path(path))
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{path}: cannot be read ({reason}); give a spec's path, or make one with `ditmill init`"
         ) from error
-    try:
-        data = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}; mend that line") from error
     if not isinstance(data, dict):
         found = "nothing" if data is None else type(data).__name__
@@ -119,28 +125,17 @@ def load_spec(path: str | Path, overrides: list[str] | None = None) -> Spec:
 
 def parse_spec(data: dict[str, Any], overrides: list[str] | None = None, source: str = "spec") -> Spec:
     """A spec from plain values."""
+    check_values(data, source)
     data = deepcopy(data)
     if overrides:
         defaults = Spec(prompts=Prompts(inline=("",))).model_dump(mode="json", exclude={"prompts"})
         for assignment in overrides:
             override(data, assignment, defaults)
+        check_values(data, "--set")
     try:
         return Spec.model_validate(data)
     except ValidationError as error:
         raise UserError("\n".join(f"{source}: {line}" for line in explain(error, Spec))) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is a mistake, not the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def absolute_paths(spec: Spec, base: str | Path = ".") -> Spec:

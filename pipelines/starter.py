@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pipelines.explain import section_of
+from pipelines.explain import map_keys, section_of
 from pipelines.sections import PACK_GUIDANCE
 from pipelines.spec import Spec, parse_spec
 
@@ -121,7 +121,7 @@ def _key(name: str, field: FieldInfo, value: Any, keep: dict[str, Any] | None, i
     if below is None:
         shown = _value(value, indent)
         yield f"{indent}{name}:{shown}" if shown.startswith("\n") else f"{indent}{name}: {shown}"
-    elif isinstance(value, dict):
+    elif isinstance(value, dict) and value:
         yield f"{indent}{name}:"
         yield from _section(below, value, keep, indent + "  ")
     elif value:
@@ -131,7 +131,9 @@ def _key(name: str, field: FieldInfo, value: Any, keep: dict[str, Any] | None, i
     else:
         yield f"{indent}{name}: {_value(value, indent)}"
         example = {key: _plain(field.get_default()) for key, field in below.model_fields.items()}
-        lines = _item(below, example, None, "") if value == [] else _section(below, example, None, "  ")
+        lines = list(_item(below, example, None, "") if value == [] else _section(below, example, None, "  "))
+        if names := map_keys(field):
+            lines = [f"  {names[0]}:  # or {', '.join(names[1:])}", *(f"  {line}" for line in lines)]
         yield from (f"{indent}# {line}" for line in (f"{name}:", *lines))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.control import live_runs, uncommitted_files
@@ -20,6 +21,13 @@ from pipelines.idset import IdSet
 from pipelines.release import list_releases
 
 SHOWN = 20
+AT_ONCE = 256
+AT_ONCE_BYTES = 64 * 2**20
+"""Members of shards, and bytes of them, that are asked for at the same time."""
+PARTS_AT_ONCE = 32
+
+Broken = dict[str, str]
+"""Parts that cannot be read, and why."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +53,23 @@ def verify(storage: Storage, run_id: str | None = None, read_media: bool = True)
     if not dataset_exists(storage):
         yield Finding("no_dataset", storage.root, "there is no dataset.json")
         return
-    yield from _parts(storage)
-    yield from _duplicates(storage)
-    yield from _rows(storage)
-    yield from _media(storage, run_id, read_media)
-    yield from _planned(storage)
+    broken: Broken = {}
+    yield from _parts(storage, broken)
+    told = set(broken)
+    yield from _duplicates(storage, broken)
+    yield from _rows(storage, broken)
+    yield from _media(storage, run_id, read_media, broken)
+    yield from _planned(storage, broken)
+    for path in broken.keys() - told:
+        yield Finding("part_broken", path, broken[path])
     if run_id is None:
         yield from _releases(storage, read_media)
 
 
-def _parts(storage: Storage) -> Iterator[Finding]:
+def _parts(storage: Storage, broken: Broken) -> Iterator[Finding]:
     """Parts in the log exist, are whole, and have the table's columns; files outside the log belong to a live run."""
     import pyarrow.parquet as pq
 
-    whole = True
     for name in TABLES:
         table = Table(storage, name)
         for path in table.files():
@@ -66,17 +77,19 @@ def _parts(storage: Storage) -> Iterator[Finding]:
                 with storage.fs.open(storage.path(path), "rb") as file:
                     schema = pq.ParquetFile(file).schema_arrow
             except FileNotFoundError:
-                whole = False
-                yield Finding("part_missing", path, "the log names it and it is not there")
+                broken[path] = "the log names it and it is not there"
+                yield Finding("part_missing", path, broken[path])
                 continue
+            except ConnectionError:
+                raise  # storage that does not answer says nothing about a part
             except Exception as error:
-                whole = False
-                yield Finding("part_broken", path, f"cannot be read as Parquet: {error}")
+                broken[path] = f"cannot be read as Parquet: {error}"
+                yield Finding("part_broken", path, broken[path])
                 continue
             lacking = [field.name for field in table.schema if field.name not in schema.names]
             if name == "samples" and lacking:
                 yield Finding("part_columns", path, f"lacks {', '.join(lacking)}")
-    if not whole:
+    if broken:
         return  # what a part that is lost referred to cannot be known
     live = _live(storage)
     uncommitted = uncommitted_files(storage)
@@ -91,15 +104,14 @@ def _live(storage: Storage) -> set[str]:
     return {beat.run_id for beat in live_runs(storage) if not beat.is_stale}
 
 
-def _duplicates(storage: Storage) -> Iterator[Finding]:
+def _duplicates(storage: Storage, broken: Broken) -> Iterator[Finding]:
     """No key stands in two rows."""
     for name in ("samples", "prompts", "failures", "runs"):
         columns = list(KEYS[name])
-        found = Table(storage, name)
-        try:
-            rows = found.read(columns)
-        except (OSError, ValueError):
-            continue  # told as a missing or broken part
+        parts = list(_read(storage, name, columns, broken))
+        if not parts:
+            continue
+        rows = pa.concat_tables(parts)
         counts = rows.group_by(columns).aggregate([([], "count_all")])
         twice = counts.filter(pc.greater(counts["count_all"], 1))
         for row in twice.slice(0, SHOWN).to_pylist():
@@ -107,21 +119,22 @@ def _duplicates(storage: Storage) -> Iterator[Finding]:
             yield Finding("doubled_row", f"{name} {key}", f"{row['count_all']} rows")
 
 
-def _rows(storage: Storage) -> Iterator[Finding]:
+def _rows(storage: Storage, broken: Broken) -> Iterator[Finding]:
     """Every sample's ids follow from what it says of itself, and its verdict is one."""
     columns = ["sample_id", "noise_key", "prompt_id", "sample_index", "seed", "verdict"]
-    for row in _read(storage, columns):
+    for row in _each(_read(storage, "samples", columns, broken)):
         if row["verdict"] not in ("accepted", "rejected"):
             yield Finding("verdict", row["sample_id"], f"expected accepted or rejected, found {row['verdict']!r}")
         if noise_key(row["seed"], row["prompt_id"], row["sample_index"]) != row["noise_key"]:
             yield Finding("noise_key", row["sample_id"], "does not follow from seed, prompt_id and sample_index")
 
 
-def _media(storage: Storage, run_id: str | None, read: bool) -> Iterator[Finding]:
+def _media(storage: Storage, run_id: str | None, read: bool, broken: Broken) -> Iterator[Finding]:
     """Every media and tensor reference resolves, and the bytes have the recorded sha256."""
     sizes: dict[str, int | None] = {}
     where = None if run_id is None else pc.field("run_id") == run_id
-    for row in _read(storage, ["sample_id", "verdict", "media", "tensors"], where):
+    waiting: list[dict[str, Any]] = []
+    for row in _each(_read(storage, "samples", ["sample_id", "verdict", "media", "tensors"], broken, where)):
         if row["verdict"] == "accepted" and not row["media"]:
             yield Finding("media_missing", row["sample_id"], "an accepted sample has no media")
         for item in [*(row["media"] or []), *(row["tensors"] or [])]:
@@ -134,27 +147,42 @@ def _media(storage: Storage, run_id: str | None, read: bool) -> Iterator[Finding
                 except FileNotFoundError:
                     sizes[shard] = None
             length = sizes[shard]
-            start, end = item["offset"], item["offset"] + item["nbytes"]
+            end = item["offset"] + item["nbytes"]
             if length is None:
                 yield Finding("shard_missing", shard, f"sample {row['sample_id']} refers to it")
             elif end > length:
                 yield Finding(
                     "shard_short", shard, f"sample {row['sample_id']} ends at byte {end}, the shard at {length}"
                 )
-            elif read and hashlib.sha256(storage.read_bytes(shard, start, end)).hexdigest() != item["sha256"]:
-                yield Finding("media_changed", f"{shard} {item['member']}", "its bytes do not have the recorded sha256")
+            elif read:
+                waiting.append(item)
+        if len(waiting) >= AT_ONCE or sum(item["nbytes"] for item in waiting) >= AT_ONCE_BYTES:
+            yield from _changed(storage, waiting)
+            waiting.clear()
+    yield from _changed(storage, waiting)
 
 
-def _planned(storage: Storage) -> Iterator[Finding]:
+def _changed(storage: Storage, items: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Members of shards whose bytes are not those that were recorded; no other byte is read."""
+    places = [(item["shard"], item["offset"], item["offset"] + item["nbytes"]) for item in items]
+    for item, data in zip(items, storage.read_ranges(places), strict=True):
+        if hashlib.sha256(data).hexdigest() != item["sha256"]:
+            where = f"{item['shard']} {item['member']}"
+            yield Finding("media_changed", where, "its bytes do not have the recorded sha256")
+
+
+def _planned(storage: Storage, broken: Broken) -> Iterator[Finding]:
     """Every sample that a finished run planned is a row or a failure."""
-    ended = Table(storage, "runs").read(None, pc.field("event") == "ended").to_pylist()
-    ended = [row for row in ended if row["plan_file"] and row["planned_through"]]
+    ended = [
+        row
+        for row in _each(_read(storage, "runs", None, broken, pc.field("event") == "ended"))
+        if row["plan_file"] and row["planned_through"]
+    ]
     if not ended:
         return
-    try:
-        done = IdSet(_ids(storage, ("samples", "failures")))
-    except (OSError, ValueError):
-        return  # told as a missing or broken part
+    done = IdSet(_ids(storage, ("samples", "failures"), broken))
+    if broken:
+        return  # what a part that is lost held cannot be known
     checked: dict[tuple[Any, ...], int] = {}
     for row in ended:
         enumeration = enumeration_of(storage, row)
@@ -197,7 +225,7 @@ def _releases(storage: Storage, read: bool) -> Iterator[Finding]:
 
 
 def _sha256(storage: Storage, item: dict[str, Any]) -> str:
-    with storage.fs.open(storage.path(item["path"]), "rb") as file:
+    with storage.reading(item["path"]) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -214,17 +242,41 @@ def enumeration_of(storage: Storage, run: dict[str, Any]) -> Enumeration:
     )
 
 
-def _read(storage: Storage, columns: list[str], where: pc.Expression | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of `samples`, part by part; a part that cannot be read is told elsewhere."""
-    table = Table(storage, "samples")
-    for path in table.files():
+def _read(
+    storage: Storage, name: str, columns: list[str] | None, broken: Broken, where: pc.Expression | None = None
+) -> Iterator[pa.Table]:
+    """A table, some parts at a time, without the broken ones; a part that turns out to be is noted."""
+    table = Table(storage, name)
+    paths = [path for path in table.files() if path not in broken]
+    for at in range(0, len(paths), PARTS_AT_ONCE):
+        some = paths[at : at + PARTS_AT_ONCE]
         try:
-            yield from table.dataset([path]).to_table(columns, where).to_pylist()
+            read = [table.dataset(some).to_table(columns, where)]
+        except ConnectionError:
+            raise  # storage that does not answer says nothing about a part
         except (OSError, ValueError):
-            continue
+            read = list(_one_by_one(table, some, columns, broken, where))
+        yield from read
 
 
-def _ids(storage: Storage, names: Iterable[str]) -> Iterator[Any]:
+def _one_by_one(
+    table: Table, paths: list[str], columns: list[str] | None, broken: Broken, where: pc.Expression | None
+) -> Iterator[pa.Table]:
+    for path in paths:
+        try:
+            yield table.dataset([path]).to_table(columns, where)
+        except ConnectionError:
+            raise
+        except (OSError, ValueError) as error:
+            broken[path] = f"cannot be read: {error}"
+
+
+def _each(parts: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
+    for part in parts:
+        yield from part.to_pylist()
+
+
+def _ids(storage: Storage, names: Iterable[str], broken: Broken) -> Iterator[Any]:
     for name in names:
-        for batch in Table(storage, name).batches(["sample_id"]):
-            yield batch.column("sample_id")
+        for part in _read(storage, name, ["sample_id"], broken):
+            yield from part["sample_id"].chunks

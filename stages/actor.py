@@ -19,9 +19,11 @@ import numpy as np
 import pyarrow as pa
 
 from infra.errors import UserError
+from infra.quarantine import here
 from infra.storage import refused
 from infra.telemetry import bound, configure, log
 from stages.batch import Batch, SampleError, Stage, WorldFault, size, take, texts
+from stages.canary import made_of, taken_through
 
 PAYLOAD = pa.schema([("columns", pa.large_binary()), ("tensors", pa.list_(pa.large_binary()))])
 
@@ -67,6 +69,18 @@ class LedgerEntry(NamedTuple):
     shared_seconds: float
     cpu_seconds: float
     reproducible: str
+    devices: str
+    """Where it samples, with its group's ranks, as infra.quarantine names them, joined by commas; empty where it does not."""
+
+
+class Step(NamedTuple):
+    """What one stage took for one batch, for those who watch: Unix seconds, and seconds as the rows' costs have them."""
+
+    stage: str
+    began: float
+    ended: float
+    accelerator_seconds: float
+    cpu_seconds: float
 
 
 class StageActor:
@@ -79,7 +93,8 @@ class StageActor:
         accelerators: devices this actor holds; 1 on a CPU-only machine, where an actor counts as one accelerator.
         earliest: when the run asked for its actors, Unix seconds: a worker process may be older than that.
         context: bound to every log line (run_id).
-        register: an actor whose `join` is told of this one, so that the run can end it.
+        register: the run's mailbox: it is told of this actor, so that the run can end it, and of the canary.
+        canary: a packed batch of one sample; left out, none is made.
     """
 
     def __init__(
@@ -91,6 +106,7 @@ class StageActor:
         earliest: float = 0.0,
         context: dict[str, str] | None = None,
         register: Any = None,
+        canary: pa.Table | None = None,
     ) -> None:
         configure(**(context or {}), group=group)
         self.group, self.stages, self.drop, self.accelerators = group, stages, drop, accelerators
@@ -103,12 +119,15 @@ class StageActor:
         self._slot_started = min(earliest or self._started, self._started) if restarted else self._started
         self._boot = called - self._started
         self._idle = self._busy = self._shared = 0.0
-        self._reproducible = self._fault = ""
+        self._reproducible = self._fault = self._devices = ""
         loading = time.perf_counter()
         try:
             for stage in stages:
                 stage.load()
             self._reproducible = _self_test(stages)
+            self._devices = _devices(stages)
+            if canary is not None and (differs := _canary(stages, unpack(canary), register)):
+                self._fault = f"device: {self._devices}: the canary {differs}"
         except Exception as error:
             self._fault = _fault(error)
         self._last = time.perf_counter()
@@ -129,11 +148,13 @@ class StageActor:
         try:
             if self._fault:
                 return _faulty(number, self._fault)
+            steps = []
             for stage in self.stages:
-                at = stage.name
+                at, wall, cpu = stage.name, time.time(), time.process_time()
                 with bound(stage=at):
                     batch, seconds = run_stage(stage, batch, self.accelerators)
                 self._shared += seconds / self.accelerators if self.accelerators else 0.0
+                steps.append(Step(at, wall, time.time(), seconds, time.process_time() - cpu))
         except Exception as error:
             log().error("batch failed", exc_info=True, stage=at, batch_index=number)
             return _faulty(number, _fault(error))
@@ -141,7 +162,7 @@ class StageActor:
             self._last = time.perf_counter()
             self._busy += self._last - began
         kept = {name: column for name, column in batch.items() if "result" in batch or not self._dropped(name)}
-        return _with_entry(kept, self._entry())
+        return _with_entry(kept, self._entry(), steps)
 
     def _entry(self) -> LedgerEntry:
         return LedgerEntry(
@@ -159,6 +180,7 @@ class StageActor:
             shared_seconds=self._shared,
             cpu_seconds=time.process_time(),
             reproducible=self._reproducible,
+            devices=self._devices,
         )
 
     def _dropped(self, name: str) -> bool:
@@ -243,14 +265,16 @@ def _scatter(batch: Batch, index: np.ndarray, out: Batch) -> Batch:
     return merged
 
 
-def _with_entry(batch: Batch, entry: LedgerEntry) -> Batch:
-    """The batch with one more ledger entry; a written batch carries its ledger inside the result."""
+def _with_entry(batch: Batch, entry: LedgerEntry, steps: list[Step]) -> Batch:
+    """The batch with one more ledger entry, whose `steps` are of this batch; a written batch carries its ledger inside the
+    result."""
+    said = {**entry._asdict(), "steps": [step._asdict() for step in steps]}
     if "result" in batch:
         result = json.loads(batch["result"][0])
-        result["ledger"] = [*result.get("ledger", []), entry._asdict()]
+        result["ledger"] = [*result.get("ledger", []), said]
         return {**batch, "result": texts([json.dumps(result)])}
     ledger = batch.get("ledger", texts([""] * size(batch))).copy()
-    ledger[0] = json.dumps([*json.loads(ledger[0] or "[]"), entry._asdict()])
+    ledger[0] = json.dumps([*json.loads(ledger[0] or "[]"), said])
     return {**batch, "ledger": ledger}
 
 
@@ -275,6 +299,28 @@ def _self_test(stages: tuple[Stage, ...]) -> str:
     from models.selftest import slot_invariant
 
     return "bitwise" if slot_invariant() else "tolerance"
+
+
+def _devices(stages: tuple[Stage, ...]) -> str:
+    """Where samples are made, if this actor makes some."""
+    sampling = [stage for stage in stages if stage.name == "sample"]
+    others = [device for stage in sampling if hasattr(stage, "devices") for device in stage.devices()]
+    return ",".join(dict.fromkeys(filter(None, [here(), *others]))) if sampling else ""
+
+
+def _canary(stages: tuple[Stage, ...], batch: Batch, register: Any) -> str:
+    """How the canary that these stages make differs from the first group's; empty where it does not, or none is made."""
+    names, ray = {stage.name for stage in stages}, sys.modules["ray"]
+    if not names & {"encode", "sample"}:
+        return ""
+    if "encode" not in names:
+        batch = unpack(ray.get(register.encoded.remote()))
+    made = taken_through(stages, batch) if batch else None
+    if "sample" not in names:
+        register.offer.remote(pack(made or {}))
+    elif made is not None and (canary := made_of(made)) is not None:
+        return str(ray.get(register.differs.remote(*canary)))
+    return ""
 
 
 def _slot(otherwise: str) -> tuple[str, bool]:

@@ -69,10 +69,12 @@ class EncodeText:
         if generator.family is not None and generator.family.inputs:
             height, width = int(batch["height"][0]), int(batch["width"][0])
             for row, text in enumerate(batch["inputs"]):
+                if problems[row]:  # what may not be opened is not
+                    continue
                 try:
                     images[row] = first_frame(json.loads(text or "[]"), height, width)
                 except InputError as error:
-                    problems[row] = problems[row] or ("bad_input", str(error))
+                    problems[row] = ("bad_input", str(error))
         result = dict(batch)
         if any(problems):
             blamed = zip(problems, batch["error_type"], batch["error"], strict=True)

@@ -20,8 +20,10 @@ from ray.util.placement_group import PlacementGroup, get_placement_group, placem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infra.errors import UserError
-from infra.telemetry import bound, log
-from stages.batch import Batch, Stage
+from infra.quarantine import here
+from infra.telemetry import bound, configure, log, values
+from stages.batch import Batch, Stage, WorldFault
+from stages.delivery import Delivered
 
 START_SECONDS = 600.0
 """Until all ranks of a group have found each other and loaded."""
@@ -36,12 +38,13 @@ _COLLECTIVES = f"torch{os.sep}distributed{os.sep}"
 
 @dataclass(frozen=True)
 class InGroup:
-    """`stage` by a group of `ranks`. `num_cpus` and `num_gpus` are what each rank but the first asks Ray for."""
+    """`stage` by a group of `ranks`. The rest is what each rank but the first asks Ray for."""
 
     stage: Stage
     ranks: int
     num_cpus: float = 0.0
     num_gpus: float = 0.0
+    accelerator_type: str | None = None
 
     @property
     def name(self) -> str:
@@ -62,34 +65,40 @@ class InGroup:
     def load(self) -> None:
         self._group().load(self.stage)
 
+    def devices(self) -> list[str]:
+        """Those of the ranks but the first."""
+        return ray.get([peer.here.remote() for peer in self._group().peers])
+
     def __call__(self, batch: Batch) -> Batch:
         return self._group()(self.stage, batch)
 
     def _group(self) -> SamplerGroup:
-        return _group(self.ranks, self.num_cpus, self.num_gpus)
+        return _group(self.ranks, self.num_cpus, self.num_gpus, self.accelerator_type)
 
 
 @cache
-def _group(ranks: int, num_cpus: float, num_gpus: float) -> SamplerGroup:
+def _group(ranks: int, num_cpus: float, num_gpus: float, accelerator_type: str | None) -> SamplerGroup:
     """The group of this process, which is its rank 0."""
-    return SamplerGroup(ranks, num_cpus, num_gpus)
+    return SamplerGroup(ranks, num_cpus, num_gpus, accelerator_type)
 
 
 class SamplerGroup:
     """Rank 0 and its peers."""
 
-    def __init__(self, ranks: int, num_cpus: float, num_gpus: float) -> None:
+    def __init__(self, ranks: int, num_cpus: float, num_gpus: float, accelerator_type: str | None = None) -> None:
         from torch.distributed import TCPStore
 
         host = ray.util.get_node_ip_address()
         self.store = store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_seconds(START_SECONDS))
-        place = _reserve(ranks, {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {}))
+        kind = {f"accelerator_type:{accelerator_type}": 0.001} if accelerator_type else {}
+        place = _reserve(ranks, {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {}) | kind)
         self.peers = [
             _Peer.options(  # type: ignore[attr-defined]
                 num_cpus=num_cpus,
                 num_gpus=num_gpus,
+                accelerator_type=accelerator_type,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(place, at),
-            ).remote(at + 1)
+            ).remote(at + 1, values())
             for at in range(ranks - 1)
         ]
         living = [peer.live.remote() for peer in self.peers]
@@ -100,7 +109,12 @@ class SamplerGroup:
         log().info("sampler group started", ranks=ranks)
 
     def load(self, stage: Stage) -> None:
-        """Load what `stage` needs on all ranks, at the same time."""
+        """Load what `stage` needs on all ranks, at the same time; before, however long it takes, fetch what a node lacks."""
+        if isinstance(stage, Delivered):
+            fetching = [peer.fetch.remote(stage) for peer in self.peers]
+            stage.fetch()
+            if why := next(filter(None, ray.get(fetching)), ""):
+                raise WorldFault(why)
         loading = [peer.load.remote(stage) for peer in self.peers]
         stage.load()
         ray.get(loading, timeout=START_SECONDS)
@@ -128,7 +142,8 @@ class SamplerGroup:
 class _Peer:
     """A rank but the first. It does what rank 0 does, and keeps what comes out to itself."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, context: dict[str, str]) -> None:
+        configure(**context)
         self.rank = rank
 
     def live(self) -> None:
@@ -139,6 +154,18 @@ class _Peer:
         from torch.distributed import TCPStore
 
         join(self.rank, ranks, TCPStore(host, port, is_master=False, timeout=_seconds(START_SECONDS)))
+
+    def here(self) -> str:
+        return here()
+
+    def fetch(self, stage: Delivered) -> str:
+        """Why it could not, "" if it could."""
+        with bound(rank=self.rank):
+            try:
+                stage.fetch()
+            except WorldFault as error:
+                return str(error)
+        return ""
 
     def load(self, stage: Stage) -> None:
         with bound(rank=self.rank):

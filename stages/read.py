@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from infra.shard import read_safetensors
+from infra.shard import outside, read_safetensors
 from infra.storage import Storage
 from stages.batch import Batch, size, texts
 from stages.decode import DecodeLatents
@@ -59,6 +59,8 @@ class ReadMedia:
     ) -> tuple[np.ndarray | None, str, str]:
         """Frames or latents of one member; or None, what kind of failure, and its text."""
         place = f"{source['shard']} {source['member']}"
+        if outside(source["shard"]):
+            return None, "stored_media_broken", f"{place}: lies outside of the dataset"
         try:
             data = self.storage.read_bytes(source["shard"], source["offset"], source["offset"] + source["nbytes"])
         except FileNotFoundError:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from infra.errors import UserError
+from infra.safe_yaml import read_yaml
 
 BUILT_IN = Path(__file__).parent / "rubrics"
 
@@ -24,7 +25,7 @@ _TAKES = {"prompt", "media"}
 class Question(BaseModel):
     """One question; Yes is the good answer."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Name of its score.")
     text: str = Field(description="Template with {prompt} and {media}, which is 'video' or 'image'.")
@@ -35,10 +36,15 @@ class Question(BaseModel):
     @field_validator("text")
     @classmethod
     def _is_template(cls, value: str) -> str:
+        if not value.isprintable() and any("\ud800" <= sign <= "\udfff" for sign in value):
+            raise ValueError("expected Unicode text, found some that UTF-8 cannot hold")
         try:
-            unknown = {name for _, name, _, _ in Formatter().parse(value) if name is not None} - _TAKES
+            fields = [field for field in Formatter().parse(value) if field[1] is not None]
         except ValueError as error:
             raise ValueError(f"is no template ({error}); write {{{{ and }}}} for braces") from error
+        if any(spec or conversion for _, _, spec, conversion in fields):  # {prompt:>999999999} would fill the memory
+            raise ValueError("takes plain {prompt} and {media}, without : and !")
+        unknown = {str(name) for _, name, _, _ in fields} - _TAKES
         if unknown:
             raise ValueError(f"takes {{prompt}} and {{media}}, and no {{{min(unknown)}}}")
         return value
@@ -91,10 +97,10 @@ class Rubric(BaseModel):
 def load_rubric(name_or_path: str) -> Rubric:
     """A built-in rubric by name, or a YAML file. Raises UserError that names `judge.rubric` and the key within."""
     built_in = sorted(file.stem for file in BUILT_IN.glob("*.yaml"))
-    path = BUILT_IN / f"{name_or_path}.yaml" if name_or_path in built_in else Path(name_or_path).expanduser()
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        path = BUILT_IN / f"{name_or_path}.yaml" if name_or_path in built_in else Path(name_or_path).expanduser()
+        data = read_yaml(path)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~nobody has no home
         raise UserError(
             f"judge.rubric: {name_or_path}: cannot be read ({error}); give one of {', '.join(built_in)}, or a YAML file"
         ) from error
@@ -126,8 +132,15 @@ def _explain(item: Any) -> str:
         return f"{key}: unknown key; remove it"
     if item["type"] == "missing":
         return f"{key}: is needed and missing"
-    found = "" if isinstance(item["input"], (dict, list)) else f", found {item['input']!r}"
+    found = "" if isinstance(item["input"], (dict, list)) else f", found {_shown(item['input'])}"
     return f"{key}: {item['msg'].removeprefix('Value error, ')}{found}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return "a very large number"  # Python refuses to write it out
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def _media(num_frames: int) -> str:

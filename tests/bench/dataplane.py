@@ -79,7 +79,8 @@ def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from infra.storage import Storage
     from pipelines.enumeration import Enumeration
     from pipelines.generate import Job, StopRequest, generate
-    from pipelines.graph import Group, place, worker_env
+    from pipelines.graph import worker_env
+    from pipelines.placement import Compute, Group, place
     from pipelines.spec import Budget, Target
     from stages.write import GeneratorFacts, WriteShards
     from tests.bench.support import null_stages as null
@@ -107,7 +108,7 @@ def ours(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         )
 
         def groups() -> tuple[Group, ...]:
-            return place(generating, judging, found["cpus"], 0, actors={"sample": 1, "judge": arguments.writers})
+            return place(generating, judging, found, Compute(actors={"sample": 1, "judge": arguments.writers}))
 
         began = time.time()
         outcome = generate(job, groups, StopRequest(), lambda _: None)

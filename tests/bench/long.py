@@ -36,7 +36,7 @@ from models.source import resolve
 from pipelines.sections import PACK_GUIDANCE
 from tests.bench.support.contact_sheet import contact_sheet
 from tests.bench.support.figures import Figure, resampled, share, table
-from tests.bench.support.pack_parts import Asked, Generated, generate
+from tests.bench.support.pack_parts import Asked, Generated, generate, make
 
 BLOCKS = (2, 1)
 """Latent frames of a block, and of its context."""
@@ -55,7 +55,7 @@ def main() -> None:
     plan = SamplerPlan(num_inference_steps=options.steps, guidance_scale=options.guidance)
     blocks = replace(plan, blocks=BLOCKS)
     if options.peak:
-        generate(ref, blocks, _asked(1, options.seed, options.peak), 1, options.seed, _say)
+        make(ref, blocks, _asked(1, options.seed, options.peak), 1, options.seed, _say)
         # Not getrusage: its maximum is that of the parent too, from before this process was started.
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))

@@ -14,12 +14,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import yaml
+
+from infra.storage import Storage
 
 REPO = Path(__file__).resolve().parents[2]
 MARK = "DITMILL_TEST_RUN"
@@ -34,6 +36,10 @@ KINDS = {
     "prefect": ("prefect_server.py",),
 }
 """What the command line of each process of a run holds."""
+
+
+OUTPUT: dict[str, Any] = {"commit_every": 0.2, "tensors": {"latents": "float32"}}
+"""How each dataset is written."""
 
 
 @dataclass(frozen=True)
@@ -142,21 +148,22 @@ class Launch:
 
 
 class Watched:
-    """A dataset on this machine, looked at from outside while runs write it."""
+    """A dataset, looked at from outside while runs write it."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
         self._version = -1
         self._committed: dict[str, int] = {}
 
     def versions(self, table: str) -> int:
-        log = self.root / table / "_delta_log"
-        return len(list(log.glob("0*.json"))) if log.is_dir() else 0
+        return sum(
+            PurePosixPath(name).match("0*.json") for name in self.storage.files(f"{table}/_delta_log", recursive=False)
+        )
 
     def committed(self) -> dict[str, int]:
         """Parts of `samples` that its log names, with their rows."""
-        while (entry := self.root / "samples" / "_delta_log" / f"{self._version + 1:020d}.json").exists():
-            for line in entry.read_text().splitlines():
+        while self.storage.exists(name := f"samples/_delta_log/{self._version + 1:020d}.json"):
+            for line in self.storage.read_bytes(name).splitlines():
                 if add := json.loads(line).get("add"):
                     self._committed[add["path"]] = json.loads(add["stats"])["numRecords"]
             self._version += 1
@@ -165,46 +172,45 @@ class Watched:
     def rows(self) -> int:
         return sum(self.committed().values())
 
-    def uncommitted(self) -> list[Path]:
+    def uncommitted(self) -> list[str]:
         """Parts of `samples` that are written and not committed (yet)."""
-        folder = self.root / "samples"
-        written = list(folder.glob("*.parquet")) if folder.is_dir() else []
+        written = [name for name in self.storage.files("samples", recursive=False) if name.endswith(".parquet")]
         known = self.committed()
-        return [path for path in written if path.name not in known]
+        return [name for name in written if PurePosixPath(name).name not in known]
 
     def uncommitted_rows(self) -> int:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        return sum(pq.read_metadata(path).num_rows for path in self.uncommitted())
+        return sum(
+            pq.read_metadata(pa.BufferReader(self.storage.read_bytes(name))).num_rows for name in self.uncommitted()
+        )
 
     def latents(self) -> dict[str, np.ndarray]:
         """sample_id -> latents, read out of the tars."""
         from safetensors.numpy import load
 
-        from infra.storage import Storage
         from infra.tables import Table
 
-        storage = Storage(str(self.root))
         found = {}
-        for row in Table(storage, "samples").read(["sample_id", "tensors"]).to_pylist():
+        for row in Table(self.storage, "samples").read(["sample_id", "tensors"]).to_pylist():
             (tensor,) = row["tensors"]
-            data = storage.read_bytes(tensor["shard"], tensor["offset"], tensor["offset"] + tensor["nbytes"])
+            data = self.storage.read_bytes(tensor["shard"], tensor["offset"], tensor["offset"] + tensor["nbytes"])
             assert row["sample_id"] not in found, f"{row['sample_id']} is two rows"
             found[row["sample_id"]] = load(data)["latents"]
         return found
 
     def check(self, reference: dict[str, np.ndarray]) -> None:
         """Assert that every promise holds, that nothing is left over, and that latents equal an undisturbed run's."""
-        from infra.storage import Storage
         from pipelines.verify import verify
 
-        assert list(map(str, verify(Storage(str(self.root))))) == []
+        assert list(map(str, verify(self.storage))) == []
         found = self.latents()
         assert found.keys() == reference.keys()
         for sample_id, latents in reference.items():
             assert found[sample_id].tobytes() == latents.tobytes(), f"the latents of {sample_id} differ"
-        assert list((self.root / "control").glob("*")) == []
-        assert [str(path) for path in self.root.rglob("*") if ".tmp" in path.name] == []
+        assert list(self.storage.files("control")) == []
+        assert [name for name in self.storage.files() if ".tmp" in name] == []
 
 
 @dataclass(frozen=True)
@@ -216,7 +222,7 @@ class Reference:
     latents: dict[str, np.ndarray]
 
 
-def kill_spec(path: Path) -> Path:
+def kill_spec(path: Path, **changes: Any) -> Path:
     """18 batches of a third of a second each: there is time to kill a run in many places, and to run it many times."""
     prompts = [f"{thing} number {number}" for number in range(12) for thing in ("a red circle", "a dog", "two boats")]
     return write_spec(
@@ -225,6 +231,7 @@ def kill_spec(path: Path) -> Path:
         layout={"batch_size": 2},
         sampler={"num_inference_steps": 6},
         score={"reject_static": False, "reject_duplicates": False},
+        **changes,
     )
 
 
@@ -237,7 +244,7 @@ def write_spec(path: Path, **changes: Any) -> Path:
         "sampler": {"num_inference_steps": 2},
         "judge": {"backend": "none"},
         "caption": None,
-        "output": {"uri": str(path.with_suffix("")), "commit_every": 0.2, "tensors": {"latents": "float32"}},
+        "output": {"uri": str(path.with_suffix("")), **OUTPUT},
         **changes,
     }
     path.write_text(yaml.safe_dump(spec))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pipelines.generate import Outcome
     from pipelines.spec import Spec
+from infra.storage import Storage
 
 pytestmark = pytest.mark.ray
 
@@ -127,7 +128,7 @@ def first(run: Runner, snow_blind: str, tmp_path_factory: pytest.TempPathFactory
         outcome,
         {row["prompt"]: row for row in run.rows(root, "samples")},
         {row["prompt"]: row for row in run.rows(root, "failures")},
-        Watched(root).latents(),
+        Watched(Storage(str(root))).latents(),
         _json_lines(said.getvalue()) + _worker_lines(),
     )
 
@@ -214,7 +215,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_with_space_again_it_g
     # Nobody failed here, and who stood beside whom was another: bytes are those of the run with the bad ones.
     made = {row["prompt"]: row for row in run.rows(root, "samples")}
     assert made.keys() == {*first.samples, "fill a jar"}
-    latents = Watched(root).latents()
+    latents = Watched(Storage(str(root))).latents()
     for prompt, row in first.samples.items():
         assert made[prompt]["sample_id"] == row["sample_id"]
         assert latents[row["sample_id"]].tobytes() == first.latents[row["sample_id"]].tobytes()

@@ -52,6 +52,16 @@ MISTAKES = (
         ("prompts.path", "line 2: height: expected a whole number from 8 to 2147483647, found 'tall'", "correct it"),
     ),
     Mistake(
+        "a bucket outside of the spec's list",
+        "{policy: {buckets: [mine]}, output: {uri: 's3://other/set'}}",
+        ("output.uri", "s3://other/set is outside of policy.buckets (mine)", "use one of these, or add it there"),
+    ),
+    Mistake(
+        "a URL with a password",
+        "prompts: {path: 'https://me:hunter2@files.lab/a.txt'}",
+        ("prompts.path", "https://files.lab/a.txt holds credentials", "take them out"),
+    ),
+    Mistake(
         "a missing model",
         "generators: [{model: $nowhere}]",
         ("generators.model", "does not exist", "give pack://tiny, a local folder"),

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from harness import Launch, Reference, Watched, kill_spec
 
+from infra.storage import Storage
+
 pytestmark = pytest.mark.ray
 
 
@@ -21,14 +23,14 @@ def test_two_runs_on_one_dataset_at_once_end_with_one_row_a_sample(tmp_path: Pat
     finally:
         for launch in launches:
             launch.stop()
-    Watched(tmp_path / "data").check(reference.latents)
+    Watched(Storage(str(tmp_path / "data"))).check(reference.latents)
 
 
 @pytest.mark.parametrize("layout", ["layout.batch_size=3", "layout.threads=2", "compute.split=stages"])
 def test_another_layout_plans_nothing_that_is_done(layout: str, tmp_path: Path, reference: Reference) -> None:
     """Neither Prefect nor Ray is started for it."""
-    shutil.copytree(reference.dataset.root, tmp_path / "data")
-    rows = Watched(tmp_path / "data").rows()
+    shutil.copytree(reference.dataset.storage.root, tmp_path / "data")
+    rows = Watched(Storage(str(tmp_path / "data"))).rows()
     began = time.monotonic()
     launch = Launch(["run", str(kill_spec(tmp_path / "data.yaml")), "--set", layout], tmp_path / "log")
     while not launch.ended:
@@ -37,4 +39,4 @@ def test_another_layout_plans_nothing_that_is_done(layout: str, tmp_path: Path, 
         time.sleep(0.05)
     assert launch.wait() == 0
     assert "nothing to generate" in launch.said()
-    assert Watched(tmp_path / "data").rows() == rows
+    assert Watched(Storage(str(tmp_path / "data"))).rows() == rows

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +21,44 @@ import yaml
 pytestmark = pytest.mark.ray
 
 REPO = Path(__file__).parents[2]
+PLANNED = 120
 
+TWO_RAYLETS = """
+cluster.add_node(num_cpus=2)
+print(cluster.address, flush=True)
+"""
+KINDS_OF_NODES = """
+other = cluster.add_node(num_cpus=2, num_gpus=1, resources={"accelerator_type:L4": 1})
+wanted = cluster.add_node(num_cpus=2, num_gpus=1, resources={"accelerator_type:H100": 1})
+print(cluster.address, other.node_id, wanted.node_id, flush=True)
+"""
 CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-cluster.add_node(num_cpus=2)
-print(cluster.address, flush=True)
+cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 2, "include_dashboard": False}})
+{nodes}
 sys.stdin.read()
 cluster.shutdown()
 """
 
 
-@pytest.fixture(scope="module")
-def two_raylets() -> Iterator[str]:
-    """Address of a Ray cluster of two raylets, two CPUs each."""
-    command = [sys.executable, "-c", CLUSTER]
+@contextmanager
+def _cluster(nodes: str) -> Iterator[str]:
+    """The line that `nodes` prints, which adds them to a Ray cluster of one raylet with two CPUs."""
+    command = [sys.executable, "-c", CLUSTER.format(nodes=nodes)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as cluster:
         assert cluster.stdout is not None
         yield cluster.stdout.readline().strip()
         cluster.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def two_raylets() -> Iterator[str]:
+    """Address of a Ray cluster of two raylets, two CPUs each."""
+    with _cluster(TWO_RAYLETS) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +155,72 @@ def test_a_run_on_two_raylets_into_s3_through_prefect(
     assert len(tasks) == 4  # a few long tasks, never one a row
     kinds = {artifact["type"] for artifact in httpx.post(f"{prefect_url}/artifacts/filter", json={}).json()}
     assert {"progress", "table"} <= kinds
+
+
+def test_two_runs_share_a_cluster_by_their_limits(tmp_path: Path, two_raylets: str, prefect_url: str) -> None:
+    """Without limits the first takes all four CPUs, and the second waits for its end."""
+    names = ("one", "two")
+    specs = [
+        _spec(
+            tmp_path / f"{name}.yaml",
+            name=name,
+            prompts={"inline": [f"{name} {at}" for at in range(PLANNED)], "near_duplicates": "ignore"},
+            generators=[{"model": "pack://tiny"}],
+            sampler={"num_inference_steps": 10},
+            judge={"backend": "none"},
+            caption=None,
+            score={"reject_static": False, "reject_duplicates": False},
+            output={"uri": str(tmp_path / name), "commit_every": 0.5},
+            compute={"ray_address": two_raylets, "limits": {"cpus": 2}},
+        )
+        for name in names
+    ]
+    with ThreadPoolExecutor() as threads:
+        done = list(threads.map(lambda spec: _ditmill("run", spec, "--json", PREFECT_API_URL=prefect_url), specs))
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
+
+    from infra.storage import Storage
+    from infra.tables import Table
+
+    rows = [Table(Storage(str(tmp_path / name)), "samples").read(["created_at"]) for name in names]
+    assert [table.num_rows for table in rows] == [PLANNED, PLANNED]
+    (began_one, ended_one), (began_two, ended_two) = (
+        (min(times), max(times)) for times in (table["created_at"].to_pylist() for table in rows)
+    )
+    assert began_one < ended_two and began_two < ended_one
+
+
+def test_actors_share_a_gpu_on_the_nodes_of_the_kind_that_is_asked_for(tmp_path: Path, prefect_url: str) -> None:
+    """The GPUs are names only, which Ray hands out all the same; torch finds none and computes on the CPU."""
+    with _cluster(KINDS_OF_NODES) as found:
+        address, *_, wanted = found.split()
+        spec = _spec(
+            tmp_path / "spec.yaml",
+            prompts={"inline": [f"thing {at}" for at in range(40)], "near_duplicates": "ignore"},
+            generators=[{"model": "pack://tiny"}],
+            judge={"backend": "none"},
+            caption=None,
+            score={"reject_static": False, "reject_duplicates": False},
+            output={"uri": str(tmp_path / "data")},
+            compute={
+                "ray_address": address,
+                "actors": {"sample": 2},
+                "resources": {"sample": {"gpus": 0.5, "cpus": 0.5, "accelerator_type": "H100"}, "judge": {"gpus": 0}},
+            },
+        )
+        done = _ditmill("run", spec, "--json", PREFECT_API_URL=prefect_url)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["accepted"] == 40
+
+    from infra.storage import Storage
+    from infra.tables import Table
+
+    (ended,) = (
+        row for row in Table(Storage(str(tmp_path / "data")), "runs").read().to_pylist() if row["event"] == "ended"
+    )
+    actors = [actor for actor in json.loads(ended["extra_json"])["actors"] if actor["devices"]]
+    assert {actor["devices"] for actor in actors} == {f"{wanted}/gpu0"}
+    assert [actor["accelerators"] for actor in actors] == [0.5, 0.5]
 
 
 def test_images_to_video_from_records_with_their_own_first_frames(tmp_path: Path, tiny_image_to_video: str) -> None:

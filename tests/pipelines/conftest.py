@@ -47,6 +47,7 @@ class Made:
     annotations: tuple[tuple[str, str, str, str], ...] = ()  # sample_id, kind, name, value
     keep_rejected: str = "preview"
     runs: bool = True
+    command: str = "ditmill run quickstart.yaml --set output.storage=https://me:hunter2@store"
     spec: dict[str, Any] = field(default_factory=dict)
 
 
@@ -255,7 +256,7 @@ def _run_rows(
     }
     base: dict[str, Any] = {
         "run_id": run_id,
-        "command": "ditmill run quickstart.yaml --set output.storage=https://me:hunter2@store",
+        "command": made.command,
         "spec_json": json.dumps(spec),
         "planned": 1000,
         "versions_json": json.dumps({"ditmill": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "diffusers": "0.42.1"}),
@@ -326,6 +327,21 @@ GENERATED: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def generated_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset that the stages made, in this process and without Ray."""
+    return make_generated(tmp_path_factory.mktemp("generated") / "dataset", GENERATED)
+
+
+@pytest.fixture(scope="session")
+def generate_from(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a dataset as the stages make it: `generate_from(prompts={"path": ...})`; sections replace those of GENERATED."""
+
+    def build(**sections: Any) -> Path:
+        return make_generated(tmp_path_factory.mktemp("generated") / "dataset", {**GENERATED, **sections})
+
+    return build
+
+
+def make_generated(root: Path, spec: dict[str, Any]) -> Path:
+    """Run the stages of a spec one after the other."""
     from infra.commit import Part
     from pipelines.enumeration import Batches
     from pipelines.recipes import RECIPES
@@ -334,8 +350,7 @@ def generated_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pipelines.spec import parse_spec
     from stages.actor import run_stage
 
-    root = tmp_path_factory.mktemp("generated") / "dataset"
-    run = resolve_spec(parse_spec({**GENERATED, "output": {**GENERATED["output"], "uri": str(root)}}))
+    run = resolve_spec(parse_spec({**spec, "output": {**GENERATED["output"], "uri": str(root)}}))
     open_dataset(run)
     enumeration, _ = expand(run, lambda: ())
     ids = json.dumps({"generator_ids": run.generator_ids, "plan_id": run.plan.plan_id})

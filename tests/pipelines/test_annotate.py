@@ -245,10 +245,9 @@ def test_rejudge_without_a_judge_is_for_score_media_alone(generated):
 def cluster() -> Iterator[Callable[[], Any]]:
     from infra.ray_session import ray_session
     from pipelines.graph import worker_env
-    from pipelines.run import Cluster
 
     with ray_session(None, worker_env(1)) as found:
-        yield lambda: Cluster(found["cpus"], found["gpus"])
+        yield lambda: found
 
 
 def break_media(storage: Storage, row: dict[str, Any], how: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from infra.metrics import METRICS
 from infra.schema import FAILURES, SAMPLES
 from infra.storage import Storage
 from pipelines.spec_docs import FILE, render
@@ -66,6 +67,10 @@ def test_findings_of_verify_are_the_documented_ones() -> None:
     found = set(re.findall(r'Finding\(\s*"(\w+)"', source))
     found |= set(re.findall(r'kind = "(\w+)" if .* else "(\w+)"', source)[0])
     assert found == _first_column("docs/operations.md", "Verify")
+
+
+def test_metrics_are_the_documented_ones() -> None:
+    assert _first_column("docs/operations.md", "Watching a run") == {f"ray_{metric.name}" for metric in METRICS}
 
 
 def test_columns_of_samples_are_the_documented_ones() -> None:

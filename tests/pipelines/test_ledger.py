@@ -89,3 +89,10 @@ def test_a_run_is_as_reproducible_as_the_least_of_its_workers() -> None:
     assert ledger.reproducible == "bitwise"
     ledger.add([_entry("b:odd", 0, 1)])
     assert ledger.reproducible == "tolerance"
+
+
+def test_the_busy_share_counts_each_actor_by_its_accelerators() -> None:
+    ledger = Ledger()
+    assert ledger.busy_share == 0.0
+    ledger.add([_entry("a", 0, 10, boot=2, load=3, busy=5), _entry("b", 0, 10, busy=10, accelerators=3.0)])
+    assert ledger.busy_share == pytest.approx((5 + 30) / (10 + 30))

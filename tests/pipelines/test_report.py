@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from infra.secrets import redact
 from infra.storage import Storage
 from pipelines import charts
 from pipelines.contact_sheet import contact_sheet
@@ -19,7 +20,7 @@ from pipelines.gallery import choose, clamp, gallery
 from pipelines.report import MAX_BYTES, build_report
 from pipelines.report_data import Facts, Snapshot, read_facts, reason_kind
 from pipelines.report_media import show
-from pipelines.run_log import Threshold, read_runs, redact, thresholds
+from pipelines.run_log import Threshold, read_runs, thresholds
 
 FIRST, SECOND = "0" * 32, f"{2654435761 % 2**32:08x}".ljust(32, "0")
 

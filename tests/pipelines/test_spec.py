@@ -27,8 +27,12 @@ def mistake(data: dict[str, Any], *overrides: str) -> str:
         ({"prompts": {}}, "prompts: give exactly one of prompts.path and prompts.inline"),
         ({"prompts": {"path": "a.txt", "inline": ["a"]}}, "prompts: give exactly one of"),
         ({"prompts": "a.txt"}, "prompts: expected keys and values, found 'a.txt'"),
+        ({"output": {"uri": "out\0/etc"}}, "output.uri: expected Unicode text without NUL, found \\x00 at character 3"),
+        ({"seed": 10**5000}, "seed: expected a number of at most 1024 bits, found one of 16,610"),
+        ({"samples_per_prompt": 2**63}, "samples_per_prompt: expected a whole number of 64 bits"),
+        ({"sampler": {"guidance_scale": float("inf")}}, "sampler.guidance_scale: expected a finite number, found inf"),
         ({"prompts": {"inline": ["a", 3]}}, "prompts.inline.1: expected a text or keys and values, found 3"),
-        ({"prompts": {"inline": ["\ud800"]}}, "prompts.inline: expected Unicode text"),
+        ({"prompts": {"inline": ["\ud800"]}}, "prompts.inline.0: expected Unicode text"),
         ({"promts": 1}, "promts: unknown key; did you mean prompts?"),
         ({"sampler": {"steps": 3}}, "sampler.steps: unknown key; did you mean sampler.num_inference_steps?"),
         ({"batch_size": 3}, "batch_size: unknown key; did you mean layout.batch_size?"),
@@ -54,9 +58,11 @@ def mistake(data: dict[str, Any], *overrides: str) -> str:
             "layout: parallel.vae: 2 ranks share tiles, and vae_tiling is off; turn it on",
         ),
         ({"sampler": {"dualparal": {"frames": 2, "context": 3}}}, "sampler.dualparal: context is at most frames"),
-        ({"guards": {"a": 1}}, "guards: not available in this version; remove it"),
+        ({"guards": {"a": 1}}, "guards.a: "),
         ({"generators": [{"remote_code": "a/b"}]}, "generators.0: remote_code needs a revision"),
-        ({1: 2}, "1: expected a text as key, found 1"),
+        ({1: 2}, "a key: expected a text, found 1; put it in quotes"),
+        ({"score": {True: 2}}, "score.a key: expected a text, found True; put it in quotes"),
+        ({"sampler": {"accelerate": [{0: 1}]}}, "sampler.accelerate.0.a key: expected a text, found 0"),
     ],
 )
 def test_parse_spec_says_a_mistake_in_one_line(data: dict[str, Any], line: str) -> None:
@@ -87,7 +93,11 @@ def test_parse_spec_says_every_mistake_once() -> None:
         ("caption=null", ("caption",), None),
         ("prompts.inline.0=a dog, running", ("prompts", "inline", 0), "a dog, running"),
         ("judge.thresholds.quality=0.7", ("judge", "thresholds", "quality"), 0.7),
-        ("output.storage.endpoint_url=http://a:9000/?b=c", ("output", "storage", "endpoint_url"), "http://a:9000/?b=c"),
+        (
+            "output.storage.endpoint_url=https://a:9000/?b=c",
+            ("output", "storage", "endpoint_url"),
+            "https://a:9000/?b=c",
+        ),
         ("generators.0.may_train=yes", ("generators", 0, "may_train"), "yes"),
         ("budget.deadline=2026-01-01T00:00:00Z", ("budget", "deadline"), "2026-01-01T00:00:00+00:00"),
         ("budget.deadline=90m", ("budget", "deadline"), "90m"),
@@ -114,6 +124,10 @@ def test_set_leaves_what_it_was_given_alone_and_applies_in_order() -> None:
         ("=3", "expected key=value"),
         ("a..b=3", "expected key=value"),
         ("seed=[", "the value is not YAML"),
+        ("seed=2026-99-99", "the value is not YAML"),
+        ("seed=" + "9" * 5000, "the value is not YAML"),
+        ("buckets.²=3", "expected a list"),
+        ("buckets." + "9" * 5000 + "=3", "expected an index (0 to 0), found 9"),
         ("buckets.1.height=3", "expected an index (0 to 0), found 1"),
         ("buckets.x=3", "expected a list"),
         ("prompts.inline.0.height=3", "prompts.inline.0 holds a plain value, it has no height"),
@@ -155,6 +169,12 @@ def test_load_spec_reads_a_file(tmp_path: Path) -> None:
     assert (spec.name, spec.seed, spec.generators[0].may_train) == ("a", 3, "no")
 
 
+TEN = ", ".join(["*x{0}"] * 10)
+LAUGHS = "\n".join(["x0: &x0 [1]", *(f"x{n + 1}: &x{n + 1} [{TEN.format(n)}]" for n in range(9))]).encode()
+MERGES = "\n".join(["x0: &x0 {a: 1}", *(f"x{n + 1}: &x{n + 1} {{<<: [{TEN.format(n)}]}}" for n in range(9))]).encode()
+"""A billion values in ten lines; merged, each level is a list of pairs ten times as long."""
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -166,6 +186,12 @@ def test_load_spec_reads_a_file(tmp_path: Path) -> None:
         (b"seed: 1\nname: a\nseed: 2", "seed stands twice"),
         (b"seed: 1\nprompts: {inline: [a], inline: [b]}", "inline stands twice"),
         (b"seed: !!python/object:os.system x", "is not YAML"),
+        (b"seed: 2026-99-99", "is not YAML"),
+        (b"seed: " + b"9" * 5000, "is not YAML"),
+        (b"judge: " + b"[" * 5000, "is not YAML: it is nested too deeply"),
+        (b"a: &a [*a]", "is not YAML: line 1: an anchor holds an alias of itself"),
+        (LAUGHS, "is not YAML: line 7: aliases stand for more than 1,000,000 values"),
+        (MERGES, "is not YAML: line 7: aliases stand for more than 1,000,000 values"),
     ],
 )
 def test_load_spec_says_a_mistake_in_one_line(tmp_path: Path, text: bytes | None, words: str) -> None:

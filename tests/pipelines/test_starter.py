@@ -82,7 +82,7 @@ def test_spec_for_makes_samples_of_one_prompt() -> None:
 def test_spec_for_says_a_mistake_in_one_line() -> None:
     with pytest.raises(UserError, match=r"^ditmill make: sampler\.stepz: unknown key"):
         spec_for("a", 1, overrides=["sampler.stepz=4"])
-    with pytest.raises(UserError, match=r"^ditmill make: prompts\.inline: expected Unicode text"):
+    with pytest.raises(UserError, match=r"^ditmill make: prompts\.inline\.0: expected Unicode text, found \\xdcff"):
         spec_for("\udcff", 1)
 
 

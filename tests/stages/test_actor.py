@@ -158,4 +158,9 @@ def test_a_written_batch_carries_its_ledger_in_the_result() -> None:
             return {"result": jsons([{"batch_index": 0, "ledger": []}])}
 
     batch = StageActor("test", (Double(), Write())).run(_batch())
-    assert len(json.loads(batch["result"][0])["ledger"]) == 1
+    (entry,) = json.loads(batch["result"][0])["ledger"]
+    first, second = entry["steps"]
+    assert first["stage"] == second["stage"] == "double"
+    assert entry["started_at"] <= first["began"] <= first["ended"] <= second["began"] <= second["ended"]
+    assert first["accelerator_seconds"] == pytest.approx(entry["shared_seconds"])
+    assert second["accelerator_seconds"] == 0  # a writer's is not shared over samples

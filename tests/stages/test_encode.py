@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -122,6 +124,29 @@ def test_encode_fails_a_missing_first_frame(tiny_image_to_video: str, planned: P
     assert list(result["error_type"]) == ["", "bad_input"]
     assert result["cond.image"].shape == (2, 64, 64, 3)
     assert result["cond.image"][0].mean(axis=(0, 1)).tolist() == [200, 30, 30]
+
+
+def test_encode_does_not_open_the_input_of_a_sample_that_fails(tiny_image_to_video: str, planned: Planned) -> None:
+    asked: list[str] = []
+
+    class Counts(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET  # noqa: N815
+
+    with HTTPServer(("127.0.0.1", 0), Counts) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}/frame.png"
+        inputs = [json.dumps([{"role": "first_frame", "uri": uri}])] * 2
+        stage = EncodeText((GeneratorRef(tiny_image_to_video),), PLAN, batch_size=4)
+        extra = json.dumps({"bad_input": f"{uri} is outside of policy.endpoints"})
+        refused = stage(planned(2, inputs=inputs, extra=[extra, extra]))
+        assert set(refused["error"]) == {f"{uri} is outside of policy.endpoints"} and asked == []
+        stage(planned(1, inputs=inputs[:1]))
+        server.shutdown()
+    assert asked != [], "else this test could not fail"
 
 
 def test_a_prompt_with_more_scenes_than_blocks_fails_alone(tiny_pack: Path, planned: Planned) -> None:

@@ -1,0 +1,91 @@
+"""What a run has written and not yet committed, and what failed before it."""
+
+from __future__ import annotations
+
+import socket
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.commit import Committer, Part, write_part
+from infra.schema import FAILURES
+from infra.storage import Storage
+from infra.tables import Table
+from pipelines.idset import IdSet
+from stages.batch import Batch
+
+
+class Commits:
+    """What was written and waits for a transaction."""
+
+    def __init__(self, storage: Storage, run_id: str, every: float) -> None:
+        self._committers = {name: Committer(Table(storage, name), run_id) for name in ("samples", "failures")}
+        self._waiting: dict[str, list[Part]] = {name: [] for name in self._committers}
+        self._every = every
+        self._last = time.monotonic()
+        self._oldest: float | None = None
+
+    def add(self, parts: list[dict[str, Any]]) -> None:
+        for part in parts:
+            self._waiting[part["table"]].append(Part(part["path"], part["nbytes"], part["rows"]))
+        if parts and self._oldest is None:
+            self._oldest = time.monotonic()
+
+    def commit(self, force: bool = False) -> int:
+        """Commit what waits, if it is time or `force`; the rows that now exist."""
+        if not force and time.monotonic() - self._last < self._every:
+            return 0
+        rows = 0
+        for name, parts in self._waiting.items():
+            if parts:
+                rows += self._committers[name].commit(parts).rows
+                self._waiting[name] = []
+        self._last, self._oldest = time.monotonic(), None
+        return rows
+
+    @property
+    def waiting(self) -> int:
+        """Rows that wait."""
+        return sum(part.rows for parts in self._waiting.values() for part in parts)
+
+    @property
+    def lag(self) -> float:
+        """Seconds that the oldest of them has waited."""
+        return 0.0 if self._oldest is None else time.monotonic() - self._oldest
+
+
+def failures(storage: Storage, rows: pc.Expression | None, retry: bool) -> tuple[IdSet, dict[str, int]]:
+    """Samples that failed before, or where they are to be tried again their next attempt's number."""
+    table = Table(storage, "failures")
+    if not retry:
+        return IdSet(batch.column("sample_id") for batch in table.batches(["sample_id"], rows)), {}
+    attempts: dict[str, int] = {}
+    for batch in table.batches(["sample_id", "attempt"], rows):
+        for sample_id, attempt in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
+            attempts[sample_id] = max(attempts.get(sample_id, 1), attempt + 1)
+    return IdSet([]), attempts
+
+
+def worker_died(storage: Storage, run_id: str, batch: Batch) -> dict[str, Any]:
+    """A failures part for a sample that took its worker with it each time."""
+    row = {
+        "sample_id": batch["sample_id"][0],
+        "attempt": int(batch["attempt"][0]),
+        "prompt_id": batch["prompt_id"][0],
+        "prompt": batch["prompt"][0],
+        "sample_index": int(batch["sample_index"][0]),
+        "stage": "",
+        "error_type": "worker_died",
+        "error": "the worker process died each time it had this sample, alone and in its batch (out of memory, or a crash)",
+        "cost": [],
+        "run_id": run_id,
+        "node": socket.gethostname(),
+        "created_at": datetime.now(UTC),
+    }
+    part = write_part(
+        storage, f"failures/{run_id}-died-{row['sample_id']}.parquet", pa.Table.from_pylist([row], FAILURES)
+    )
+    return {"table": "failures", "path": part.path, "nbytes": part.nbytes, "rows": part.rows}
