@@ -25,6 +25,7 @@ and that stages add:
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,6 +53,29 @@ class Stage(Protocol):
         """Load what the stage computes with, once for each process; calling it again costs nothing."""
 
     def __call__(self, batch: Batch) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class HoldsStage:
+    """What stands for the stage that it holds, run in another way: it reads and adds the same."""
+
+    stage: Stage
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.stage.reads
+
+    @property
+    def adds(self) -> tuple[str, ...]:
+        return self.stage.adds
+
+    @property
+    def skips_rejected(self) -> bool:
+        return self.stage.skips_rejected
 
 
 class WorldFault(Exception):

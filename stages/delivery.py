@@ -31,7 +31,7 @@ from models.loading import GeneratorRef
 from models.multimodal import MultimodalRef
 from models.pack import cache_dir
 from models.source import content_sha256, files_of
-from stages.batch import Batch, Stage, WorldFault
+from stages.batch import Batch, HoldsStage, Stage, WorldFault
 
 CHUNK = 32 << 20
 """Bytes of one answer, which goes through Ray's object store."""
@@ -94,28 +94,11 @@ class Delivery:
 
 
 @dataclass(frozen=True)
-class Delivered:
+class Delivered(HoldsStage):
     """`stage` with the paths of the machine that runs it."""
 
-    stage: Stage
     models: tuple[Model, ...]
     library: Any = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        return self.stage.name
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return self.stage.reads
-
-    @property
-    def adds(self) -> tuple[str, ...]:
-        return self.stage.adds
-
-    @property
-    def skips_rejected(self) -> bool:
-        return self.stage.skips_rejected
 
     def fetch(self) -> None:
         """Fetch what this machine lacks. WorldFault where that fails."""

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from infra.errors import UserError
 from infra.quarantine import here
 from infra.telemetry import bound, configure, log, values
-from stages.batch import Batch, Stage, WorldFault
+from stages.batch import Batch, HoldsStage, Stage, WorldFault
 from stages.delivery import Delivered
 
 START_SECONDS = 600.0
@@ -37,30 +37,13 @@ _COLLECTIVES = f"torch{os.sep}distributed{os.sep}"
 
 
 @dataclass(frozen=True)
-class InGroup:
+class InGroup(HoldsStage):
     """`stage` by a group of `ranks`. The rest is what each rank but the first asks Ray for."""
 
-    stage: Stage
     ranks: int
     num_cpus: float = 0.0
     num_gpus: float = 0.0
     accelerator_type: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.stage.name
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return self.stage.reads
-
-    @property
-    def adds(self) -> tuple[str, ...]:
-        return self.stage.adds
-
-    @property
-    def skips_rejected(self) -> bool:
-        return self.stage.skips_rejected
 
     def load(self) -> None:
         self._group().load(self.stage)

@@ -34,7 +34,7 @@ def test_a_run_into_s3_over_a_bad_network_is_killed_and_resumes(
 ) -> None:
     faults.share, faults.stall = 0.05, 2
     faults.once.append(("lost", "PUT", "/samples/"))  # the others befall it by themselves
-    faults.gate = Gate("/media/", PLANNED // 2 - 2)  # of two rows each, those of batches in flight among them: it cannot end
+    faults.gate = Gate("/media/", PLANNED // 2 - 2)  # shards of two rows each: the run cannot end
     spec = kill_spec(tmp_path / "data.yaml")
     keys = yaml.safe_load(spec.read_text())
     reached = {"endpoint_url": bad_s3.endpoint_url, "allow_http": True, "timeout": 1}
