@@ -74,7 +74,7 @@ class Committer:
     def __init__(self, table: Table, run_id: str) -> None:
         self.table = table
         self.run_id = run_id
-        self._credentials = _hashed(table.storage.delta_options)
+        self._credentials = table.storage.credentials
         self._handle: DeltaTable = table.ensure()
         self._seen: int = self._handle.version()
         self._taken: set[Key] = set()
@@ -125,7 +125,7 @@ class Committer:
     def _look(self) -> None:
         """Take in the versions since the last look."""
         storage = self.table.storage
-        if self._credentials != (now := _hashed(storage.delta_options)):  # a handle keeps those it was opened with
+        if self._credentials != (now := storage.credentials):  # a handle keeps those it was opened with
             self._credentials, self._handle = now, self.table.ensure()
         storage.patiently(self._handle.update_incremental)
         latest = self._handle.version()
@@ -165,11 +165,6 @@ class Committer:
         written = write_part(self.table.storage, f"{stem}-v{self._seen}.parquet", left)
         self._rewritten[written.path] = (part.path, written.rows)
         return written
-
-
-def _hashed(options: dict[str, str]) -> int:
-    """What tells options from others, and does not tell what is in them."""
-    return hash(frozenset(options.items()))
 
 
 def _rows(table: pa.Table, names: list[str]) -> Iterator[Key]:

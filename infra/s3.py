@@ -10,12 +10,15 @@ import asyncio
 import contextlib
 import os
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
+import pyarrow as pa
 from botocore.exceptions import (
     ClientError,
     CredentialRetrievalError,
@@ -28,6 +31,7 @@ from botocore.exceptions import (
 )
 from botocore.parsers import ResponseParserError
 from botocore.session import Session
+from pyarrow.fs import FSSpecHandler
 from s3fs import S3FileSystem
 
 from infra.errors import UserError
@@ -41,6 +45,10 @@ ATTEMPTS = 10
 CONNECT_SECONDS = 5
 PART_BYTES = 16 * 2**20
 """Of a large file one part is in memory at a time; 10,000 of them are the largest object that can be written."""
+
+SMALL_BYTES = 2**18
+KEPT_BYTES = 2**26
+"""Of parts that are read whole, and of all of them that are kept."""
 
 UNANSWERED = (
     ClientConnectionError,
@@ -90,6 +98,12 @@ class PatientS3(S3FileSystem):
                 body.close()
         return answer
 
+    def tail(self, path: str, nbytes: int) -> tuple[bytes, int]:
+        """The last `nbytes` of a file that is not empty, and how many it has, by one request."""
+        bucket, key, _ = self.split_path(path)
+        answer = self.call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes=-{nbytes}")
+        return answer["Body"].data, int(answer["ContentRange"].rpartition("/")[2])
+
     def call_s3(self, method: str, *arguments: Any, **keywords: Any) -> Any:
         from fsspec.asyn import sync
 
@@ -100,10 +114,10 @@ class _Body:
     """A body that has been read, with the interface of one that has not."""
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
+        self.data = data
 
     async def read(self, amt: int = -1) -> bytes:
-        data, self._data = (self._data, b"") if amt is None or amt < 0 else (self._data[:amt], self._data[amt:])
+        data, self.data = (self.data, b"") if amt is None or amt < 0 else (self.data[:amt], self.data[amt:])
         return data
 
     def close(self) -> None:
@@ -119,6 +133,42 @@ def _passes(error: Exception) -> bool:
         return False
     status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return status >= 500 or status == 429 or bool(PASSING.search(cause.response.get("Error", {}).get("Code", "")))
+
+
+class Parts(FSSpecHandler):
+    """Parquet files on S3, as pyarrow reads them. No name is used twice, so small ones are kept while there is room.
+
+    pyarrow's own handler asks twice whether a file is there before it asks for its footer and then for its columns, in each
+    pass over a table: a run goes over its samples a dozen times.
+    """
+
+    def __init__(self, fs: PatientS3) -> None:
+        super().__init__(fs)
+        self._sizes: dict[str, int] = {}
+        self._kept: OrderedDict[str, bytes] = OrderedDict()
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        with self._lock:
+            data, size = self._kept.get(path), self._sizes.get(path)
+        if size is None:
+            data, size = self.fs.tail(path, SMALL_BYTES)
+            with self._lock:
+                self._keep(path, data, size)
+        if data is not None and len(data) == size:
+            return pa.BufferReader(data)
+        return pa.PythonFile(self.fs.open(path, "rb", size=size), mode="r")
+
+    def _keep(self, path: str, data: bytes, size: int) -> None:
+        self._sizes[path] = size
+        if len(data) == size and path not in self._kept:
+            self._kept[path] = data
+            self._nbytes += size
+        while self._nbytes > KEPT_BYTES:
+            old, gone = self._kept.popitem(last=False)
+            self._nbytes -= len(gone)
+            del self._sizes[old]
 
 
 def filesystem(storage: Storage, cache_type: str = "none") -> PatientS3:

@@ -16,17 +16,20 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from threading import Lock
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from uuid import uuid4
 
 from infra.errors import UserError
 from infra.secrets import refuse_credentials
 
 if TYPE_CHECKING:
+    from deltalake import DeltaTable
     from fsspec import AbstractFileSystem
+    from pyarrow.fs import FileSystem
 
 T = TypeVar("T")
 
@@ -127,6 +130,32 @@ class Storage:
         from infra.s3 import filesystem
 
         return filesystem(self)
+
+    @cached_property
+    def parts(self) -> FileSystem | None:
+        """Where pyarrow reads tables' files; None for local ones."""
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        if self.is_local:
+            return None
+        if not self.is_s3:
+            return PyFileSystem(FSSpecHandler(self.fs))
+        from infra.s3 import Parts
+
+        return PyFileSystem(Parts(self.fs))
+
+    @cached_property
+    def handles(self) -> dict[str, tuple[int, DeltaTable]]:
+        """Tables that this process has open to look at, by name, and the `credentials` they were opened with."""
+        return {}
+
+    @cached_property
+    def looking(self) -> Lock:
+        """Held by who uses `handles`."""
+        return Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def protocol(self) -> str:
@@ -288,6 +317,11 @@ class Storage:
         from infra.s3 import delta_options
 
         return delta_options(self)
+
+    @property
+    def credentials(self) -> int:
+        """What tells `delta_options` from those of another time, and does not tell what is in them."""
+        return hash(frozenset(self.delta_options.items()))
 
     def patiently(self, ask: Callable[[], T]) -> T:
         """What deltalake gives, asked again where an object store failed it. For what may be done twice."""

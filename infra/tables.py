@@ -90,10 +90,22 @@ class Table:
 
     def snapshot(self) -> Snapshot:
         """What the table is made of now."""
-        table = self.handle()
+        with self.storage.looking:
+            table = self._latest()
         if table is None:
             return Snapshot(-1, [])
         return Snapshot(table.version(), [f"{self.name}/{path.rsplit('/', 1)[-1]}" for path in table.file_uris()])
+
+    def _latest(self) -> DeltaTable | None:
+        """The table as it is now. On S3 it is kept, and only what is new of its log is read. It is not for committing:
+        nobody else may move the version of a handle that does."""
+        credentials = self.storage.credentials
+        known, table = self.storage.handles.get(self.name, (credentials, None))
+        if table is not None and known == credentials:
+            self.storage.patiently(table.update_incremental)
+        elif (table := self.handle()) is not None and self.storage.is_s3:
+            self.storage.handles[self.name] = credentials, table
+        return table
 
     def dataset(self, files: list[str] | None = None) -> pds.Dataset:
         """The live parts (or the given ones) as a pyarrow dataset of the table's own schema."""
@@ -103,8 +115,7 @@ class Table:
         paths = [self.storage.path(name) for name in names]
         if not paths:
             return pds.dataset(pa.table({field.name: pa.array([], field.type) for field in self.schema}, self.schema))
-        filesystem = None if self.storage.is_local else self.storage.fs
-        return pds.dataset(paths, schema=self.schema, filesystem=filesystem, format="parquet")
+        return pds.dataset(paths, schema=self.schema, filesystem=self.storage.parts, format="parquet")
 
     def read(self, columns: list[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
         return self.dataset().to_table(columns=columns, filter=filter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import time
@@ -125,3 +126,39 @@ def test_two_drivers_on_a_bad_network_commit_each_key_once(
     assert sum(injected.values()) >= 10
     with capsys.disabled():
         print(f"\ntwo drivers: {answered} answers in {seconds:.1f} s, {told} rows, injected {injected}")
+
+
+def test_a_table_is_looked_at_again_by_asking_for_what_is_new(bad_s3: Storage, faults: Faults) -> None:
+    committer = Committer(Table(bad_s3, "failures"), "run-a")
+    for number in range(4):
+        committer.commit([part_of(bad_s3, "run-a", number, range(9 * number, 9 * number + 9))])
+    looking = pickle.loads(pickle.dumps(bad_s3))
+    table = Table(looking, "failures")
+    assert table.read().num_rows == 36
+    committer.commit([part_of(bad_s3, "run-a", 4, range(36, 40))])
+    faults.seen.clear()
+    assert table.read().num_rows == table.dataset().count_rows() == 40
+    asked = [Path(seen.key).suffix for seen in faults.seen]
+    assert asked.count(".parquet") == 1
+    assert asked.count(".json") <= 2, "deltalake reads the last commit at each look, and no earlier one"
+    there = pickle.loads(pickle.dumps(looking))
+    assert there == looking and vars(there).keys().isdisjoint({"handles", "parts", "looking", "fs"})
+
+
+def test_parts_are_read_right_whatever_their_size_and_how_many_are_kept(
+    bad_s3: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infra.s3.SMALL_BYTES", 4096)
+    monkeypatch.setattr("infra.s3.KEPT_BYTES", 8192)
+    committer = Committer(Table(bad_s3, "failures"), "run-a")
+    parts = [
+        part_of(bad_s3, "run-a", number, range(10**4 * number, 10**4 * number + 40**number)) for number in range(3)
+    ]
+    parts += [part_of(bad_s3, "run-a", number, range(10**4 * number, 10**4 * number + 5)) for number in range(3, 6)]
+    assert min(part.nbytes for part in parts) < 4096 < max(part.nbytes for part in parts)
+    committer.commit(parts)
+    for _ in range(2):
+        assert owners(bad_s3) == {"run-a": sum(part.rows for part in parts)}
+    assert sum(map(len, bad_s3.parts.handler._kept.values())) <= 8192
+    with pytest.raises(FileNotFoundError):
+        Table(bad_s3, "failures").dataset(["failures/none.parquet"]).to_table()
