@@ -95,7 +95,7 @@ def _chain(folder: Path, rng: random.Random, good: str, bad: str) -> Chain:
     folder.mkdir()
     uri = f"s3://bucket/soak-{folder.name}"
     output: dict[str, Any] = {"uri": uri, "storage": {"endpoint_url": bad, "allow_http": True, "timeout": TIMEOUT}}
-    return Chain(folder, rng, output, Storage(uri, good, allow_http=True), patience=300)
+    return Chain(folder, rng, output, Storage(uri, good, allow_http=True), patience=600)
 
 
 def _tell(kills: list[Kill], undisturbed: float) -> None:
