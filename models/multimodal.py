@@ -1,29 +1,39 @@
 """Judging and captioning by a multimodal model of transformers, in process.
 
-A clip is shown as a series of images, which every image-text-to-text family takes; the frames come first in the
-conversation and the question last, so that all questions about a clip share a prefix.
+A clip is shown as a series of images, which every image-text-to-text family takes. The frames come first in the
+conversation and the question last, so a clip is read once, and every question and caption goes on from its keys and values:
+
+    frames -> the conversation up to the question -> keys and values, one row a clip     (see prefix.py)
+    rows of them, forked, and a question each -> the first token's logits, or a greedy text
+
+Prefixes of as many frames of one size are equally long, and texts of one length are answered together. Nothing is padded:
+that was measured to cost more than smaller batches do.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from infra.errors import UserError
 from models.chat import control_tokens, explain, plain_text, prepare, starts_itself
 from models.placement import device_of, dtype_of, quiet
+from models.prefix import Place, Prefix, Prefixes
 from models.weights import refuse_missing
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
+
 TOKENS_PER_FORWARD = 32768
-"""Most padded tokens in one forward pass: what bounds memory, whatever the batch."""
+"""Most tokens in one forward pass, and of clips whose keys and values are kept: what bounds memory, whatever the batch."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,8 @@ class Multimodal:
         self.tokenizer = self.processor.tokenizer
         prepare(self.tokenizer)
         self._control = control_tokens(self.tokenizer)
-        self._yes, self._no = self._answers("Yes"), self._answers("No")
+        self._yes, self._no = self._spelled("Yes"), self._spelled("No")
+        self._prefixes = Prefixes(TOKENS_PER_FORWARD)
 
     def p_yes(self, frames: np.ndarray, questions: list[list[str]]) -> np.ndarray:
         """The probability of "Yes" over "Yes" and "No" at the first position of the answer.
@@ -99,58 +110,128 @@ class Multimodal:
         """
         import torch
 
-        answers = [torch.empty(0, 2)]
-        for inputs in self._batches(frames, questions, max_new_tokens=1):
-            logits = self._generate(inputs, 1, output_logits=True, return_dict_in_generate=True).logits[0].float()
-            pair = [torch.logsumexp(logits[:, tokens], dim=-1) for tokens in (self._yes, self._no)]
-            answers.append(torch.stack(pair, dim=-1).cpu())
-        probabilities = torch.softmax(torch.cat(answers), dim=-1)[:, 0]
-        return probabilities.numpy().astype(np.float32).reshape(len(frames), len(questions[0]) if questions else 0)
+        found = np.zeros((len(frames), len(questions[0]) if questions else 0), dtype=np.float32)
+        for places, logits in self._answers(frames, questions, None):
+            pair = torch.stack([torch.logsumexp(logits[:, ids], dim=-1) for ids in (self._yes, self._no)], dim=-1)
+            found[tuple(np.transpose(places))] = torch.softmax(pair, dim=-1)[:, 0].cpu().numpy()
+        return found
 
     def caption(self, frames: np.ndarray, instructions: list[str], max_new_tokens: int) -> list[list[str]]:
         """Greedy answers to each instruction, for each clip: n lists of len(instructions) texts.
 
         `frames` is uint8 [n, T, H, W, 3].
         """
-        texts: list[str] = []
-        for inputs in self._batches(frames, [instructions] * len(frames), max_new_tokens):
-            tokens = self._generate(inputs, max_new_tokens)[:, inputs["input_ids"].shape[1] :]
+        texts = [[""] * len(instructions) for _ in frames]
+        for places, tokens in self._answers(frames, [instructions] * len(frames), max_new_tokens):
             decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            texts.extend(" ".join(text.split()) for text in decoded)
-        width = len(instructions)
-        return [texts[start : start + width] for start in range(0, len(texts), width)]
+            for (clip, at), text in zip(places, decoded, strict=True):
+                texts[clip][at] = " ".join(text.split())
+        return texts
 
-    def _generate(self, inputs: Any, max_new_tokens: int, **options: Any) -> Any:
+    def _answers(
+        self, frames: np.ndarray, texts: list[list[str]], max_new_tokens: int | None
+    ) -> Iterator[tuple[list[tuple[int, int]], torch.Tensor]]:
+        """Answers to the texts asked of each clip, as many at once as `TOKENS_PER_FORWARD` allows and in no order of theirs:
+        which (clip, text) they answer, and the new token ids, [rows, at most max_new_tokens]; where that is None, the logits
+        of the first one, float32 [rows, vocabulary]."""
+        pairs = [(clip, at) for clip, row in enumerate(texts) for at in range(len(row))]
+        if not pairs:
+            return
+        clip, at = max(pairs, key=lambda pair: len(texts[pair[0]][pair[1]]))
+        longest = self._inputs([(frames[clip], texts[clip][at])])["input_ids"]
+        tokens = longest.shape[1] + (max_new_tokens or 1)
+        if self.context and tokens > self.context:
+            raise ValueError(
+                f"{frames.shape[1]} frames and a question are {tokens} tokens, and the model reads {self.context}; "
+                "lower judge.num_frames or caption.num_frames, or shorten the prompt"
+            )
+        rows = max(1, TOKENS_PER_FORWARD // tokens)
+        tail = self._tail(frames.shape[1], texts[clip][at])
+        prefix = longest[:, : -len(tail)]
+        if longest[0, prefix.shape[1] :].tolist() == tail:
+            for start in range(0, len(frames), rows):
+                clips = range(start, min(start + rows, len(frames)))
+                for some, places, tails in self._in_groups(frames, texts, clips, prefix, rows):
+                    yield some, self._go_on(places, prefix, tails, max_new_tokens)
+        else:  # a family that writes frames and text otherwise than all that were tried: read anew for each text
+            for some in _cut(pairs, rows):
+                inputs = self._inputs([(frames[clip], texts[clip][at]) for clip, at in some])
+                yield some, self._generate(inputs, max_new_tokens)
+
+    def _in_groups(
+        self, frames: np.ndarray, texts: list[list[str]], clips: range, prefix: torch.Tensor, rows: int
+    ) -> Iterator[tuple[list[tuple[int, int]], list[Place], list[list[int]]]]:
+        """At most `rows` equally long texts of clips that were read together: which (clip, text), where the clip was read,
+        and the token ids of the text."""
+        groups: dict[tuple[Prefix, int], list[tuple[tuple[int, int], Place, list[int]]]] = defaultdict(list)
+        for clip, place in zip(clips, self._read(frames[clips.start : clips.stop], prefix), strict=True):
+            for at, text in enumerate(texts[clip]):
+                tail = self._tail(frames.shape[1], text)
+                groups[place.prefix, len(tail)].append(((clip, at), place, tail))
+        for group in groups.values():
+            for some in _cut(group, rows):
+                yield [which for which, _, _ in some], [place for _, place, _ in some], [tail for *_, tail in some]
+
+    def _read(self, frames: np.ndarray, prefix: torch.Tensor) -> list[Place]:
+        """Where each clip has been read; those that have not are, together. `prefix`: token ids [1, length]."""
+        import torch
+
+        found = [self._prefixes.find(clip) for clip in frames]
+        new = [at for at, place in enumerate(found) if place is None]
+        if new:
+            inputs = self._inputs([(frames[at], "") for at in new])
+            length, whole = prefix.shape[1], inputs["input_ids"].shape
+            assert (inputs["input_ids"][:, :length] == prefix).all()
+            cut = {name: value[:, :length] if value.shape[:2] == whole else value for name, value in inputs.items()}
+            with torch.inference_mode():
+                cache = self.model.base_model(**cut, use_cache=True).past_key_values
+            deltas = getattr(self.model.base_model, "rope_deltas", None)
+            read = Prefix(cache, length, len(new), None if deltas is None else deltas[:1])
+            for at, place in zip(new, self._prefixes.keep(read, frames[new]), strict=True):
+                found[at] = place
+        return cast("list[Place]", found)
+
+    def _go_on(
+        self, places: list[Place], prefix: torch.Tensor, tails: list[list[int]], max_new_tokens: int | None
+    ) -> torch.Tensor:
+        """As `_answers` gives them, for one of its groups."""
+        import torch
+
+        read = places[0].prefix
+        ids = torch.cat([prefix.expand(len(tails), -1), torch.tensor(tails, device=self.device)], dim=1)
+        if read.deltas is not None:
+            self.model.base_model.rope_deltas = read.deltas
+        cache = read.rows([place.row for place in places])
+        return self._generate(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}, max_new_tokens
+        )
+
+    def _tail(self, num_images: int, text: str) -> list[int]:
+        """Token ids of what comes after the last frame."""
+        image = str(getattr(self.processor, "image_token", ""))
+        after = self._prompt(num_images, text).rpartition(image or "\0")[2]
+        return self.tokenizer.encode(image + after, add_special_tokens=False)[1:]
+
+    def _generate(self, inputs: Any, max_new_tokens: int | None) -> torch.Tensor:
+        """As `_answers` gives them."""
         import torch
 
         with torch.inference_mode():
-            return self.model.generate(
+            output = self.model.generate(
                 **inputs,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=max_new_tokens or 1,
                 do_sample=False,
                 num_beams=1,
                 temperature=None,
                 top_p=None,
                 top_k=None,
                 pad_token_id=self.tokenizer.pad_token_id,
-                **options,
+                output_logits=max_new_tokens is None,
+                return_dict_in_generate=True,
             )
-
-    def _batches(self, frames: np.ndarray, texts: list[list[str]], max_new_tokens: int) -> Iterator[Any]:
-        """Model inputs of (clip, text) pairs, in order, as many at once as `TOKENS_PER_FORWARD` allows."""
-        pairs = [(clip, text) for clip, row in zip(frames, texts, strict=True) for text in row]
-        if not pairs:
-            return
-        longest = max(pairs, key=lambda pair: len(pair[1]))
-        tokens = self._inputs([longest])["input_ids"].shape[1] + max_new_tokens
-        if self.context and tokens > self.context:
-            raise ValueError(
-                f"{longest[0].shape[0]} frames and a question are {tokens} tokens, and the model reads {self.context}; "
-                "lower judge.num_frames or caption.num_frames, or shorten the prompt"
-            )
-        rows = max(1, TOKENS_PER_FORWARD // tokens)
-        for start in range(0, len(pairs), rows):
-            yield self._inputs(pairs[start : start + rows])
+        return (
+            output.logits[0].float() if max_new_tokens is None else output.sequences[:, inputs["input_ids"].shape[1] :]
+        )
 
     def _inputs(self, pairs: list[tuple[np.ndarray, str]]) -> Any:
         from PIL import Image
@@ -168,7 +249,7 @@ class Multimodal:
         conversation = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
 
-    def _answers(self, word: str) -> torch.Tensor:
+    def _spelled(self, word: str) -> torch.Tensor:
         """Ids of the single tokens that spell `word`, with and without a space before it."""
         import torch
 
@@ -179,3 +260,8 @@ class Multimodal:
                 f"{self.ref.path}: its tokenizer has no single token for {word!r}; a judge needs Yes and No"
             )
         return torch.tensor(single, device=self.device)
+
+
+def _cut(items: list[T], size: int) -> Iterator[list[T]]:
+    """The items, at most `size` at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))

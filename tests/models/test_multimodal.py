@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 from infra.errors import UserError
 from models import multimodal
 from models.multimodal import Multimodal, MultimodalRef, evenly_spaced, load_multimodal
+from models.prefix import Prefixes
 
+INSTRUCTION = "Describe this video."
 QUESTIONS = ["Is this clean? Answer Yes or No.", "Does it show a red circle that is bouncing slowly? Answer Yes or No."]
 
 
@@ -66,13 +69,66 @@ def build_idefics3(folder: Path) -> None:
     Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=["llava", "idefics3"])
+def build_qwen2_vl(folder: Path) -> Any:
+    """A model whose positions in a clip have three axes, saved; and its processor, without that of videos, which wants
+    torchvision."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from models.pack.tiny import fill_weights
+    from models.pack.tiny_language import CHAT_TEMPLATE, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    start, end, image, video = tokenizer.convert_tokens_to_ids(special)
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    model = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=image,
+            video_token_id=video,
+            vision_start_token_id=start,
+            vision_end_token_id=end,
+        )
+    )
+    fill_weights(model, "qwen2_vl")
+    model.save_pretrained(folder)
+
+    class Images(Qwen2VLProcessor):
+        def check_argument_for_proper_class(self, *_: Any) -> None:
+            pass
+
+    template = CHAT_TEMPLATE.replace("'<image>'", "'<|vision_start|><|image_pad|><|vision_end|>'")
+    pictures = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56)
+    return Images(pictures, tokenizer, None, chat_template=template)
+
+
+@pytest.fixture(scope="module", params=["llava", "idefics3", "qwen2_vl"])
 def model(request, tiny_pack: Path, tmp_path_factory) -> Multimodal:
     if request.param == "llava":
-        return load_multimodal(MultimodalRef(str(tiny_pack / "judge")))
-    folder = tmp_path_factory.mktemp("idefics3")
-    build_idefics3(folder)
-    return load_multimodal(MultimodalRef(str(folder)))
+        return Multimodal(MultimodalRef(str(tiny_pack / "judge")))
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "idefics3":
+        build_idefics3(folder)
+        return Multimodal(MultimodalRef(str(folder)))
+    processor = build_qwen2_vl(folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("transformers.AutoProcessor.from_pretrained", lambda *_, **__: processor)
+        return Multimodal(MultimodalRef(str(folder)))
 
 
 @pytest.fixture
@@ -95,6 +151,47 @@ def test_p_yes_equals_one_unpadded_forward_pass_per_question(model):
                 mass = torch.softmax(model.model(**inputs).logits[0, -1].double(), dim=-1)
             expected = mass[yes].sum() / mass[yes + no].sum()
             assert p_yes == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_clip_is_read_once_for_all_that_is_asked_of_it(model, monkeypatch):
+    """By the judge, and by the captioner after it, of what the judge let pass."""
+    read: list[int] = []
+    forward = model.model.base_model.forward
+
+    def counted(*arguments, **keywords):
+        if keywords.get("pixel_values") is not None:
+            read.append(len(keywords["input_ids"]))
+        return forward(*arguments, **keywords)
+
+    monkeypatch.setattr(model.model.base_model, "forward", counted)
+    monkeypatch.setattr(model, "_prefixes", Prefixes(10**6))
+    frames = clips(5, seed=3)
+    answers = model.p_yes(frames[:3], [QUESTIONS] * 3)
+    texts = model.caption(frames[1:], [INSTRUCTION, "Describe this video in full detail."], max_new_tokens=5)
+    np.testing.assert_allclose(model.p_yes(frames[[2, 0]], [QUESTIONS] * 2), answers[[2, 0]], atol=1e-6)
+    assert read == [3, 2]
+    monkeypatch.setattr(model, "_prefixes", Prefixes(10**6))
+    assert texts == model.caption(frames[1:], [INSTRUCTION, "Describe this video in full detail."], max_new_tokens=5)
+
+
+def test_captions_are_those_of_the_whole_conversation(model):
+    frames = clips(3, seed=4)
+    for clip, (text,) in zip(frames, model.caption(frames, [INSTRUCTION], max_new_tokens=8), strict=True):
+        inputs = model._inputs([(clip, INSTRUCTION)])
+        with torch.inference_mode():
+            tokens = model.model.generate(**inputs, max_new_tokens=8, do_sample=False)[
+                0, inputs["input_ids"].shape[1] :
+            ]
+        assert text == " ".join(model.tokenizer.decode(tokens, skip_special_tokens=True).split())
+
+
+def test_a_family_whose_questions_are_no_tokens_by_themselves_reads_each_conversation_whole(model, monkeypatch):
+    frames = clips(2, seed=5)
+    answers, texts = model.p_yes(frames, [QUESTIONS] * 2), model.caption(frames, [INSTRUCTION], 5)
+    monkeypatch.setattr(model, "_tail", lambda *_: [0])
+    monkeypatch.setattr(model, "_go_on", None)
+    np.testing.assert_allclose(model.p_yes(frames, [QUESTIONS] * 2), answers, atol=1e-5)
+    assert model.caption(frames, [INSTRUCTION], 5) == texts
 
 
 def test_p_yes_does_not_depend_on_neighbours(model):
