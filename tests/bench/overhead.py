@@ -127,7 +127,7 @@ def _spec(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         # Every sample is accepted, so that both sides caption and keep all of them.
         "score": {"reject_static": False, "reject_duplicates": False},
         "judge": {"thresholds": {"prompt_match": 0, "no_artefacts": 0, "motion_smooth": 0}},
-        "output": {"uri": str(folder / "ours")},
+        "output": {"uri": str(folder / "ours"), "marked": False},
     }
 
 
