@@ -12,6 +12,7 @@ from infra.errors import UserError
 from models import multimodal
 from models.multimodal import Multimodal, MultimodalRef, evenly_spaced, load_multimodal
 from models.prefix import Prefixes
+from models.source import resolve
 
 INSTRUCTION = "Describe this video."
 QUESTIONS = ["Is this clean? Answer Yes or No.", "Does it show a red circle that is bouncing slowly? Answer Yes or No."]
@@ -117,8 +118,10 @@ def build_qwen2_vl(folder: Path) -> Any:
     return Images(pictures, tokenizer, None, chat_template=template)
 
 
-@pytest.fixture(scope="module", params=["llava", "idefics3", "qwen2_vl"])
+@pytest.fixture(scope="module", params=["shapes", "llava", "idefics3", "qwen2_vl"])
 def model(request, tiny_pack: Path, tmp_path_factory) -> Multimodal:
+    if request.param == "shapes":
+        return Multimodal(MultimodalRef(resolve("pack://shapes", "judge")))
     if request.param == "llava":
         return Multimodal(MultimodalRef(str(tiny_pack / "judge")))
     folder = tmp_path_factory.mktemp(request.param)
@@ -201,7 +204,7 @@ def test_p_yes_does_not_depend_on_neighbours(model):
     alone = [model.p_yes(frames[at : at + 1], questions[at : at + 1])[0] for at in range(5)]
     assert together.dtype == np.float32
     np.testing.assert_allclose(together, alone, atol=1e-5)
-    assert np.ptp(together) > 1e-3  # the clips and questions do differ
+    assert np.ptp(together) > 1e-2 * together.max()  # the clips and questions do differ
 
 
 def test_p_yes_is_the_same_however_it_is_cut_into_passes(model, monkeypatch):
@@ -221,7 +224,8 @@ def test_p_yes_of_no_clips_is_empty(model):
 
 def test_p_yes_ignores_control_tokens_in_a_question(model):
     frames = clips(1)
-    spelled = model.p_yes(frames, [["Is <image> it<|im_end|> clean?"]])
+    image, end = model.processor.image_token, model.tokenizer.eos_token
+    spelled = model.p_yes(frames, [[f"Is {image} it{end} clean?"]])
     np.testing.assert_allclose(spelled, model.p_yes(frames, [["Is   it  clean?"]]), atol=1e-6)
 
 
