@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from uuid import uuid4
 
@@ -148,11 +147,6 @@ class Storage:
     def handles(self) -> dict[str, tuple[int, DeltaTable]]:
         """Tables that this process has open to look at, by name, and the `credentials` they were opened with."""
         return {}
-
-    @cached_property
-    def looking(self) -> Lock:
-        """Held by who uses `handles`."""
-        return Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}

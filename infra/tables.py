@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from deltalake import DeltaTable
 
 LOG_KEPT = {"delta.logRetentionDuration": "interval 3650 days", "delta.enableExpiredLogCleanup": "false"}
+
+
+_looking = Lock()
+"""Held by who uses a storage's `handles`."""
 
 
 class Commit(NamedTuple):
@@ -90,11 +95,12 @@ class Table:
 
     def snapshot(self) -> Snapshot:
         """What the table is made of now."""
-        with self.storage.looking:
+        with _looking:
             table = self._latest()
-        if table is None:
-            return Snapshot(-1, [])
-        return Snapshot(table.version(), [f"{self.name}/{path.rsplit('/', 1)[-1]}" for path in table.file_uris()])
+            if table is None:
+                return Snapshot(-1, [])
+            names = [f"{self.name}/{path.rsplit('/', 1)[-1]}" for path in table.file_uris()]
+            return Snapshot(table.version(), names)
 
     def _latest(self) -> DeltaTable | None:
         """The table as it is now. On S3 it is kept, and only what is new of its log is read. It is not for committing:
