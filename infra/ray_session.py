@@ -35,6 +35,10 @@ QUIET = {
     "RAY_ENABLE_AUTO_CONNECT": "0",
     # Seconds until processes that cannot reach the cluster's control store give up (Ray waits for 60).
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+    # Milliseconds for which a task whose actor cannot be reached waits to be told that the actor's machine is gone, which
+    # Ray finds out within 15 s (it waits for 1). Until then an actor pool takes the actor for alive, and would lose one
+    # batch after the other to it.
+    "RAY_timeout_ms_task_wait_for_death_info": "16000",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
