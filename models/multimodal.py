@@ -12,6 +12,7 @@ that was measured to cost more than smaller batches do.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from infra.errors import UserError
 from models.chat import control_tokens, explain, plain_text, prepare, starts_itself
 from models.placement import device_of, dtype_of, quiet
 from models.prefix import Place, Prefix, Prefixes
+from models.token_drop import only, read_tokens
 from models.weights import refuse_missing
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class MultimodalRef:
     dtype: str = "auto"  # bfloat16 on an accelerator, float32 on a CPU
     device: str = "auto"
     revision: str | None = None
+    token_drop: float = 0.0  # see token_drop.py; 0 reads every vision token
 
 
 @functools.cache
@@ -153,6 +156,8 @@ class Multimodal:
                 clips = range(start, min(start + rows, len(frames)))
                 for some, places, tails in self._in_groups(frames, texts, clips, prefix, rows):
                     yield some, self._go_on(places, prefix, tails, max_new_tokens)
+        elif self.ref.token_drop and frames.shape[1] > 1:
+            raise UserError(f"judge.token_drop, caption.token_drop: {self.ref.path}: its family cannot; set 0")
         else:  # a family that writes frames and text otherwise than all that were tried: read anew for each text
             for some in _cut(pairs, rows):
                 inputs = self._inputs([(frames[clip], texts[clip][at]) for clip, at in some])
@@ -177,19 +182,39 @@ class Multimodal:
         import torch
 
         found = [self._prefixes.find(clip) for clip in frames]
-        new = [at for at, place in enumerate(found) if place is None]
-        if new:
+        groups: dict[int, list[int]] = defaultdict(list)
+        columns: dict[int, np.ndarray] = {}
+        for at, place in enumerate(found):
+            if place is None:
+                columns[at] = self._columns(frames[at], prefix)
+                groups[len(columns[at])].append(at)
+        for length, new in groups.items():
             inputs = self._inputs([(frames[at], "") for at in new])
-            length, whole = prefix.shape[1], inputs["input_ids"].shape
-            assert (inputs["input_ids"][:, :length] == prefix).all()
-            cut = {name: value[:, :length] if value.shape[:2] == whole else value for name, value in inputs.items()}
-            with torch.inference_mode():
+            whole = inputs["input_ids"].shape
+            assert (inputs["input_ids"][:, : prefix.shape[1]] == prefix).all()
+            cut = {
+                name: value[:, : prefix.shape[1]] if value.shape[:2] == whole else value
+                for name, value in inputs.items()
+            }
+            dropped = prefix.shape[1] - length
+            kept = torch.tensor(np.stack([columns[at] for at in new]), device=self.device)
+            with torch.inference_mode(), only(self.model, kept) if dropped else contextlib.nullcontext():
                 cache = self.model.base_model(**cut, use_cache=True).past_key_values
             deltas = getattr(self.model.base_model, "rope_deltas", None)
-            read = Prefix(cache, length, len(new), None if deltas is None else deltas[:1])
+            read = Prefix(cache, length, len(new), None if deltas is None else deltas[:1] + dropped)
             for at, place in zip(new, self._prefixes.keep(read, frames[new]), strict=True):
                 found[at] = place
         return cast("list[Place]", found)
+
+    def _columns(self, clip: np.ndarray, prefix: torch.Tensor) -> np.ndarray:
+        """Which tokens of a prefix [1, length] the clip is read by, int64."""
+        columns = np.arange(prefix.shape[1])
+        if not self.ref.token_drop or len(clip) == 1:
+            return columns
+        images = columns[(prefix[0] == self.model.config.image_token_id).cpu().numpy()]
+        read = np.ones(len(columns), dtype=bool)
+        read[images] = read_tokens(clip, len(images) // len(clip), self.ref.token_drop).ravel()
+        return columns[read]
 
     def _go_on(
         self, places: list[Place], prefix: torch.Tensor, tails: list[list[int]], max_new_tokens: int | None
@@ -198,7 +223,9 @@ class Multimodal:
         import torch
 
         read = places[0].prefix
-        ids = torch.cat([prefix.expand(len(tails), -1), torch.tensor(tails, device=self.device)], dim=1)
+        # Of what is in the cache only the number of tokens still matters.
+        before = prefix[:, : read.length].expand(len(tails), -1)
+        ids = torch.cat([before, torch.tensor(tails, device=self.device)], dim=1)
         if read.deltas is not None:
             self.model.base_model.rope_deltas = read.deltas
         cache = read.rows([place.row for place in places])

@@ -116,10 +116,13 @@ class Resolved:
 
     @property
     def asked(self) -> str:
-        """What the judge's scores depend on besides the judge: the rubric's questions and the frames it is shown."""
+        """What the judge's scores depend on besides the judge: the rubric's questions and what it is shown."""
         if self.spec.judge.backend == "none":
             return ""
-        shown = f"{self.rubric.questions_sha256}/{self.spec.judge.num_frames}"
+        judge = self.spec.judge
+        shown = f"{self.rubric.questions_sha256}/{judge.num_frames}"
+        if judge.token_drop:
+            shown += f"/{judge.token_drop}"
         return f"{self.rubric.name}@{hashlib.sha256(shown.encode()).hexdigest()[:12]}"
 
     @property
@@ -213,10 +216,12 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         licences[generator.model] = licence_of(folder, generator.model, (generator.licence, generator.may_train))
     judge = captioner = None
     if spec.judge.backend == "transformers":
-        judge = MultimodalRef(resolve(spec.judge.model, "judge", spec.judge.revision))
+        judge = MultimodalRef(resolve(spec.judge.model, "judge", spec.judge.revision), token_drop=spec.judge.token_drop)
         licences.setdefault(spec.judge.model, licence_of(judge.path, spec.judge.model))
     if spec.caption is not None:
-        captioner = MultimodalRef(resolve(spec.caption.model, "judge", spec.caption.revision))
+        captioner = MultimodalRef(
+            resolve(spec.caption.model, "judge", spec.caption.revision), token_drop=spec.caption.token_drop
+        )
         licences.setdefault(spec.caption.model, licence_of(captioner.path, spec.caption.model))
     expander = _expander(spec)
     if expander is not None and spec.prompts.expand is not None:

@@ -278,6 +278,13 @@ class Judge(Section):
     rubric: str = Field("default", description="`default` or a YAML file of questions.")
     thresholds: dict[str, float] = Field({}, description="Least P(yes) for each question; replaces the rubric's own.")
     num_frames: int = Field(8, ge=1, description="Frames shown to the model, evenly spaced.")
+    token_drop: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Leave out vision tokens under which pixels differ by at most this share of full scale, on average, from "
+        "what was read there before; 0 reads all.",
+    )
 
     @model_validator(mode="after")
     def _call_is_named(self) -> Judge:
@@ -296,6 +303,9 @@ class Caption(Section):
     )
     max_new_tokens: int = Field(96, ge=1, description="Longest caption, in tokens.")
     num_frames: int = Field(8, ge=1, description="Frames shown to the model.")
+    token_drop: float = Field(
+        0.0, ge=0, le=1, description="As in `judge`; alike in both, a clip is read once for both."
+    )
 
 
 class Target(Section):

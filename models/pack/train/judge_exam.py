@@ -64,8 +64,8 @@ def measure(checkpoint: Path, decoded: Path, clips: int = 256) -> dict[str, Any]
     return {kind: marked(judge, exam) for kind, exam in exams(decoded, clips).items()}
 
 
-def exams(decoded: Path, clips: int) -> dict[str, Exam]:
-    rng = stream(0, 8_000_000)
+def exams(decoded: Path, clips: int, seed: int = 0) -> dict[str, Exam]:
+    rng = stream(seed, 8_000_000)
     scenes = sample_scenes(rng, clips, split="held_out")
     plain = render(scenes, [int(seed) for seed in rng.integers(1 << 62, size=clips)])
     broken = np.stack([spoilt(clip, plain[at - 1], rng) for at, clip in enumerate(plain)])
