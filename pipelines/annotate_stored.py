@@ -17,7 +17,6 @@ from infra.errors import UserError
 from infra.ray_session import Cluster
 from infra.tables import Table
 from infra.telemetry import log
-from models.source import content_sha256
 from pipelines.annotate import Annotated, Scope
 from pipelines.decisions import NONE, Decision, read_decisions, read_scores
 from pipelines.feed import Feeder
@@ -144,7 +143,7 @@ class Captioning:
         self.annotator = Annotator(
             run.storage,
             run.run_id,
-            f"{caption.model}@{content_sha256(run.captioner.path)[:12]}",
+            run.captioner_name,
             f"captions@{hashlib.sha256(settings.encode()).hexdigest()[:12]}",
         )
         (self._stage,) = run.captioning()

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra.storage import Storage
+from models.endpoint_client import EndpointRef
 from models.parallel.degrees import Degrees
 from pipelines.enumeration import PLANNED, Planned, planned_batch
 from pipelines.identity import sample_ids
@@ -43,7 +44,10 @@ class Calibration:
 
 
 def calibrate(run: Resolved) -> Calibration | None:
-    """Take one batch of the run's first prompts through all stages; None if no prompt can be sampled."""
+    """Take one batch of the run's first prompts through all stages; None if no prompt can be sampled.
+
+    Stages that ask an endpoint are left out: a plan costs nothing.
+    """
     batch_size = run.spec.layout.batch_size
     rows = list(_first(run, batch_size))
     if not rows:
@@ -58,7 +62,8 @@ def calibrate(run: Resolved) -> Calibration | None:
         # By one process, whatever the layout: what it takes is about what the ranks of a group take together.
         alone = tuple(replace(ref, parallel=Degrees()) for ref in run.generators)
         trial = replace(run, plan=short, storage=Storage(folder), generators=alone)
-        for stage in (*recipe.generating(trial), *recipe.judging(trial)):
+        stages = (*recipe.generating(trial), *recipe.judging(trial))
+        for stage in (each for each in stages if not isinstance(getattr(each, "model", None), EndpointRef)):
             began = time.perf_counter()
             stage.load()
             load += time.perf_counter() - began

@@ -182,7 +182,7 @@ def _models(spec: Spec) -> dict[tuple[str, str | None], None]:
     named += [(adapter.uri, None) for generator in spec.generators for adapter in generator.adapters]
     if spec.judge.backend == "transformers":
         named.append((spec.judge.model, spec.judge.revision))
-    if spec.caption is not None:
+    if spec.caption is not None and spec.caption.backend == "transformers":
         named.append((spec.caption.model, spec.caption.revision))
     if spec.prompts.expand is not None:
         named.append((spec.prompts.expand.model, spec.prompts.expand.revision))

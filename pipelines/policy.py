@@ -52,6 +52,9 @@ def named_urls(spec: Spec) -> Iterator[tuple[str, str]]:
     yield "judge.rubric", spec.judge.rubric
     if spec.caption is not None:
         yield "caption.model", spec.caption.model
+    for name, section in (("judge", spec.judge), ("caption", spec.caption)):
+        if section is not None and section.base_url is not None:
+            yield f"{name}.base_url", section.base_url
     if spec.prompts.expand is not None:
         yield "prompts.expand.model", spec.prompts.expand.model
     if spec.prompts.path is not None:

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from infra.errors import UserError
 from infra.storage import Storage
+from models.endpoint_client import EndpointRef
 from models.families import family_of
 from models.language import LanguageRef
 from models.licences import Licence, licence_of
@@ -23,8 +24,9 @@ from models.pack import marks
 from models.parallel.degrees import Degrees, check_attention, check_layout
 from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
+from models.viewer import ViewerRef
 from pipelines.identity import generator_id
-from pipelines.spec import Spec, absolute_paths
+from pipelines.spec import Caption, Judge, Spec, absolute_paths
 from stages.batch import Stage
 from stages.caption import CaptionMedia
 from stages.expand import ExpandPrompts
@@ -32,6 +34,8 @@ from stages.judge import JudgeQuality
 from stages.rubric import Rubric, check_thresholds, load_rubric
 from stages.score import ScoreMedia
 from stages.write import GeneratorFacts, WriteShards
+
+ENDPOINT_LICENCE = Licence("unknown", "unknown", "it is behind an endpoint, which states none; read its terms")
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class Resolved:
     facts: tuple[GeneratorFacts, ...]
     generator_ids: tuple[str, ...]
     rubric: Rubric
-    judge: MultimodalRef | None
-    captioner: MultimodalRef | None
+    judge: ViewerRef | None
+    captioner: ViewerRef | None
     expander: Expander | None
     licences: tuple[tuple[str, Licence], ...]
 
@@ -92,7 +96,7 @@ class Resolved:
                 max_new_tokens=caption.max_new_tokens,
                 num_frames=caption.num_frames,
                 threads=self.spec.layout.threads,
-                label=caption.model,
+                label=self.captioner.name if isinstance(self.captioner, EndpointRef) else caption.model,
             ),
         )
 
@@ -142,7 +146,42 @@ class Resolved:
             return f"{judge.call}@{judge.version}"
         if judge.backend == "oracle":
             return f"oracle@{marks.VERSION}"
-        return f"{judge.model}@{content_sha256(self.judge.path)[:12]}" if self.judge else ""
+        return _version_of(judge.model, self.judge) if self.judge else ""
+
+    @property
+    def captioner_name(self) -> str:
+        """What an annotation says of its captioner, as `judge_name`."""
+        caption = self.spec.caption
+        return _version_of(caption.model, self.captioner) if caption and self.captioner else ""
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether judging or captioning computes with a model on this run's own machines."""
+        return any(isinstance(ref, MultimodalRef) for ref in (self.judge, self.captioner))
+
+
+def _version_of(model: str, ref: ViewerRef) -> str:
+    return ref.name if isinstance(ref, EndpointRef) else f"{model}@{content_sha256(ref.path)[:12]}"
+
+
+def _viewer(name: str, section: Judge | Caption | None, storage: Storage) -> ViewerRef | None:
+    """The model that a section names; None where it names none."""
+    if section is None or section.backend not in ("transformers", "openai"):
+        return None
+    if section.backend == "transformers":
+        path = resolve(section.model, "judge", section.revision)
+        return MultimodalRef(path, token_drop=section.token_drop)
+    return EndpointRef(
+        base_url=section.base_url or "",
+        model=section.model,
+        api_key_env=section.api_key_env,
+        concurrency=section.concurrency,
+        timeout=section.timeout,
+        max_requests=section.max_requests,
+        max_total_tokens=section.max_total_tokens,
+        cache=storage,
+        section=name,
+    )
 
 
 def _check_oracle(rubric: Rubric) -> None:
@@ -160,7 +199,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
     spec = absolute_paths(spec)
     storage = storage_of(spec)
     rubric = load_rubric(spec.judge.rubric)
-    if spec.judge.backend in ("transformers", "oracle"):
+    if spec.judge.backend in ("transformers", "openai", "oracle"):
         check_thresholds(rubric, spec.judge.thresholds)
     if spec.judge.backend == "oracle":
         _check_oracle(rubric)
@@ -214,15 +253,12 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         facts.append(fact)
         ids.append(generator_id(sha256, weights))
         licences[generator.model] = licence_of(folder, generator.model, (generator.licence, generator.may_train))
-    judge = captioner = None
-    if spec.judge.backend == "transformers":
-        judge = MultimodalRef(resolve(spec.judge.model, "judge", spec.judge.revision), token_drop=spec.judge.token_drop)
-        licences.setdefault(spec.judge.model, licence_of(judge.path, spec.judge.model))
-    if spec.caption is not None:
-        captioner = MultimodalRef(
-            resolve(spec.caption.model, "judge", spec.caption.revision), token_drop=spec.caption.token_drop
-        )
-        licences.setdefault(spec.caption.model, licence_of(captioner.path, spec.caption.model))
+    judge, captioner = _viewer("judge", spec.judge, storage), _viewer("caption", spec.caption, storage)
+    for viewer, section in ((judge, spec.judge), (captioner, spec.caption)):
+        if isinstance(viewer, EndpointRef):
+            licences[viewer.name] = ENDPOINT_LICENCE
+        elif viewer is not None and section is not None:
+            licences.setdefault(section.model, licence_of(viewer.path, section.model))
     expander = _expander(spec)
     if expander is not None and spec.prompts.expand is not None:
         licences.setdefault(spec.prompts.expand.model, licence_of(expander.stage.model.path, spec.prompts.expand.model))

@@ -182,7 +182,7 @@ def sample_groups(run: Resolved, cluster: Cluster) -> tuple[Group, ...]:
         recipe.judging(run),
         cluster.free(),
         run.spec.compute,
-        needs_model=run.judge is not None or run.captioner is not None,
+        needs_model=run.needs_model,
     )
 
 

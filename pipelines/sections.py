@@ -261,53 +261,6 @@ class Score(Section):
     )
 
 
-class Judge(Section):
-    """The model that scores, and the bar."""
-
-    backend: Literal["transformers", "call", "oracle", "none"] = Field(
-        "transformers",
-        description="transformers in process; call: your own code; oracle: classical vision that knows the shapes world "
-        "and nothing else, for tests and benches; none: what ScoreMedia leaves is accepted.",
-    )
-    model: str = Field(DEFAULT_PACK, description="A multimodal model in transformers' checkpoint format.")
-    revision: str | None = Field(None, description="Hub revision.")
-    call: str | None = Field(
-        None, description="module:function of backend `call`: takes a batch, returns {question: [n] floats}."
-    )
-    version: str | None = Field(None, description="Version of that code, recorded with each score.")
-    rubric: str = Field("default", description="`default` or a YAML file of questions.")
-    thresholds: dict[str, float] = Field({}, description="Least P(yes) for each question; replaces the rubric's own.")
-    num_frames: int = Field(8, ge=1, description="Frames shown to the model, evenly spaced.")
-    token_drop: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Leave out vision tokens under which pixels differ by at most this share of full scale, on average, from "
-        "what was read there before; 0 reads all.",
-    )
-
-    @model_validator(mode="after")
-    def _call_is_named(self) -> Judge:
-        if self.backend == "call" and not (self.call and self.version):
-            raise ValueError("backend `call` needs call: 'module:function' and a version")
-        return self
-
-
-class Caption(Section):
-    """The model that captions what was accepted."""
-
-    model: str = Field(DEFAULT_PACK, description="A multimodal model; the judge's own is loaded once for both.")
-    revision: str | None = Field(None, description="Hub revision.")
-    styles: tuple[Literal["short", "dense"], ...] = Field(
-        ("short", "dense"), description="Captions to write; the first is the sample's."
-    )
-    max_new_tokens: int = Field(96, ge=1, description="Longest caption, in tokens.")
-    num_frames: int = Field(8, ge=1, description="Frames shown to the model.")
-    token_drop: float = Field(
-        0.0, ge=0, le=1, description="As in `judge`; alike in both, a clip is read once for both."
-    )
-
-
 class Target(Section):
     """When a run has enough."""
 

@@ -23,10 +23,8 @@ from pipelines.sections import (
     Adapter,
     Bucket,
     Budget,
-    Caption,
     Expand,
     Generator,
-    Judge,
     Layout,
     Output,
     Parallel,
@@ -38,6 +36,7 @@ from pipelines.sections import (
     Target,
 )
 from pipelines.values import check_values
+from pipelines.viewers import Caption, Judge
 
 __all__ = [
     "DEFAULT_PACK",
@@ -157,7 +156,7 @@ def absolute_paths(spec: Spec, base: str | Path = ".") -> Spec:
             adapter["uri"] = model(adapter["uri"])
     prompts = data["prompts"]
     for section in (data["judge"], data["caption"], prompts["expand"]):
-        if section:
+        if section and section.get("backend") != "openai":
             section["model"] = model(section["model"])
     if data["judge"]["rubric"] != "default":
         data["judge"]["rubric"] = file(data["judge"]["rubric"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from models.multimodal import MultimodalRef, evenly_spaced, load_multimodal
+from models.multimodal import evenly_spaced
+from models.viewer import ViewerRef, load_viewer, name_of
 from stages.batch import Batch, jsons, texts
 
 INSTRUCTIONS = {
@@ -22,7 +23,7 @@ INSTRUCTIONS = {
 class CaptionMedia:
     """Captions what was accepted. Reads `frames`; adds `captions` and `caption`, the text of the first style."""
 
-    model: MultimodalRef
+    model: ViewerRef
     styles: tuple[str, ...] = ("short", "dense")
     max_new_tokens: int = 96
     num_frames: int = 8
@@ -35,17 +36,14 @@ class CaptionMedia:
     skips_rejected: ClassVar[bool] = True
 
     def load(self) -> None:
-        import torch
-
-        torch.set_num_threads(self.threads)
-        load_multimodal(self.model)
+        load_viewer(self.model, self.threads)
 
     def __call__(self, batch: Batch) -> Batch:
         media = "video" if batch["frames"].shape[1] > 1 else "image"
         instructions = [INSTRUCTIONS[style].format(media=media) for style in self.styles]
         frames = evenly_spaced(batch["frames"], self.num_frames)
-        answers = load_multimodal(self.model).caption(frames, instructions, self.max_new_tokens)
-        label = self.label or self.model.path
+        answers = load_viewer(self.model).caption(frames, instructions, self.max_new_tokens)
+        label = self.label or name_of(self.model)
         captions = [
             [
                 {"style": style, "language": "en", "scene": 0, "text": text, "model": label}

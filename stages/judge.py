@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from infra.errors import UserError
-from models.multimodal import MultimodalRef, evenly_spaced, load_multimodal
+from models.multimodal import evenly_spaced
 from models.pack.marks import marks
+from models.viewer import ViewerRef, load_viewer
 from stages.batch import Batch, jsons, load_json, size, texts
 from stages.rubric import Rubric
 
@@ -30,10 +31,12 @@ class JudgeQuality:
 
     Backend `oracle` marks clips of the small world with 1 or 0 (models/pack/marks.py), for tests and benches: it looks at
     all frames, and a prompt outside the world's grammar fails with `judge_failed`.
+
+    The other backends ask `model`, which computes here or is behind an endpoint.
     """
 
     rubric: Rubric
-    model: MultimodalRef | None = None
+    model: ViewerRef | None = None
     backend: str = "transformers"
     call: str | None = None
     version: str | None = None
@@ -50,10 +53,7 @@ class JudgeQuality:
         if self.backend == "call":
             import_call(self.call or "")
         elif self.backend != "oracle":
-            import torch
-
-            torch.set_num_threads(self.threads)
-            load_multimodal(self._model)
+            load_viewer(self._model, self.threads)
 
     def __call__(self, batch: Batch) -> Batch:
         failed = [""] * size(batch)
@@ -88,16 +88,16 @@ class JudgeQuality:
         return spec if self.backend == "call" else self.rubric.thresholds(spec)
 
     @property
-    def _model(self) -> MultimodalRef:
+    def _model(self) -> ViewerRef:
         if self.model is None:
-            raise UserError("judge.model: is needed with judge.backend: transformers")
+            raise UserError(f"judge.model: is needed with judge.backend: {self.backend}")
         return self.model
 
     def _ask(self, batch: Batch) -> dict[str, np.ndarray]:
         total = batch["frames"].shape[1]
         asked = [question for question in self.rubric.questions if question.asked(total)]
         questions = [[question.format(prompt, total) for question in asked] for prompt in batch["prompt"]]
-        p_yes = load_multimodal(self._model).p_yes(evenly_spaced(batch["frames"], self.num_frames), questions)
+        p_yes = load_viewer(self._model).p_yes(evenly_spaced(batch["frames"], self.num_frames), questions)
         return {question.name: p_yes[:, column] for column, question in enumerate(asked)}
 
     def _mark(self, batch: Batch) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -30,7 +30,7 @@ from models.pack.train.loop import stream
 from models.pack.train.questions import attribute
 from models.pack.world import render
 from models.source import resolve
-from pipelines.sections import Caption, Judge
+from pipelines.viewers import Caption, Judge
 from stages.caption import INSTRUCTIONS
 from stages.rubric import load_rubric
 from tests.bench.support import plain_loop

@@ -51,6 +51,8 @@ def spec(key: str, value: Any) -> dict[str, Any]:
         ("generators", [{"adapters": [{"uri": "https://evil.org/lora.safetensors"}]}], "endpoints"),
         ("judge.model", "gs://other/judge", "buckets"),
         ("caption.model", "s3://theirs/captioner", "buckets"),
+        ("judge", {"backend": "openai", "model": "m", "base_url": "https://evil.org/v1"}, "endpoints"),
+        ("caption", {"backend": "openai", "model": "m", "base_url": "https://minio.lab/v1"}, "endpoints"),
     ],
 )
 def test_what_is_outside_of_the_list_is_refused_in_one_line(key: str, value: Any, kind: str) -> None:

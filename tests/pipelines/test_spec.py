@@ -11,6 +11,7 @@ from infra.errors import UserError
 from pipelines.explain import leaves
 from pipelines.spec import Spec, absolute_paths, load_spec, parse_spec
 
+OPENAI = {"backend": "openai", "base_url": "https://a/v1", "model": "m"}
 PROMPTS: dict[str, Any] = {"prompts": {"inline": ["a cat"]}}
 
 
@@ -43,7 +44,43 @@ def mistake(data: dict[str, Any], *overrides: str) -> str:
         ({"layout": {"batch_size": 0}}, "layout.batch_size: expected at least 1, found 0. Samples denoised together"),
         (
             {"judge": {"backend": "vllm"}},
-            "judge.backend: expected 'transformers', 'call', 'oracle' or 'none', found 'vllm'",
+            "judge.backend: expected 'transformers', 'openai', 'call', 'oracle' or 'none', found 'vllm'",
+        ),
+        ({"judge": {"backend": "openai"}}, "judge: backend `openai` needs base_url and model: its name on that server"),
+        (
+            {"caption": {"backend": "openai", "base_url": "https://a/v1"}},
+            "caption: backend `openai` needs base_url and model",
+        ),
+        (
+            {"judge": {"base_url": "https://a/v1"}},
+            "judge: base_url belongs to backend `openai`; set that, or remove base_url",
+        ),
+        (
+            {"judge": {**OPENAI, "base_url": "http://gpu.lab:8000/v1"}},
+            "judge: base_url: gpu.lab would get media and key without TLS; use https, or set allow_http: true",
+        ),
+        (
+            {"judge": {**OPENAI, "base_url": "gpu.lab/v1"}},
+            "judge: base_url: expected an http(s) URL without user, query",
+        ),
+        (
+            {"caption": {**OPENAI, "base_url": "https://a/v1?key=b"}},
+            "caption: base_url: expected an http(s) URL without",
+        ),
+        ({"judge": {**OPENAI, "base_url": "https://[::1/v1"}}, "judge: base_url: expected an http(s) URL without user"),
+        (
+            {"judge": {**OPENAI, "api_key_env": "sk-0123"}},
+            "judge.api_key_env: expected the name of an environment variable, in capitals, and found something else",
+        ),
+        ({"judge": {**OPENAI, "concurrency": 0}}, "judge.concurrency: expected at least 1, found 0. Backend openai: "),
+        (
+            {"judge": {**OPENAI, "timeout": 0}},
+            "judge.timeout: expected more than 0.0, found 0. Backend openai: seconds",
+        ),
+        ({"judge": {**OPENAI, "max_requests": 0}}, "judge.max_requests: expected at least 1, found 0. "),
+        (
+            {"caption": {**OPENAI, "max_total_tokens": "x"}},
+            "caption.max_total_tokens: expected a whole number, found 'x'. ",
         ),
         ({"judge": {"backend": "call"}}, "judge: backend `call` needs call: 'module:function' and a version"),
         ({"judge": {"thresholds": {"a": "b"}}}, "judge.thresholds.a: expected a number, found 'b'"),
@@ -238,3 +275,25 @@ def test_absolute_paths_touches_paths_and_nothing_else(tmp_path: Path) -> None:
     assert spec.output.uri == f"{tmp_path}/data"
     assert absolute_paths(spec, "/") == spec
     assert absolute_paths(parse_spec(PROMPTS)).judge.rubric == "default"
+
+
+@pytest.mark.parametrize(
+    "base_url", ["http://localhost:8000/v1", "http://127.0.0.3/v1", "http://[::1]:80/v1", "https://gpu.lab/v1"]
+)
+def test_an_endpoint_may_be_here_or_behind_tls(base_url: str) -> None:
+    assert parse_spec({**PROMPTS, "judge": {**OPENAI, "base_url": base_url}}).judge.base_url == base_url
+    far = {**OPENAI, "base_url": "http://gpu.lab/v1", "allow_http": True}
+    assert parse_spec({**PROMPTS, "caption": far}).caption is not None
+
+
+def test_a_key_in_place_of_its_variable_is_not_repeated() -> None:
+    message = mistake({**PROMPTS, "caption": {**OPENAI, "api_key_env": "sk-distinctive"}})
+    assert "caption.api_key_env" in message and "distinctive" not in message
+
+
+def test_the_name_of_a_model_on_a_server_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path)
+    spec = absolute_paths(parse_spec({**PROMPTS, "judge": OPENAI, "caption": OPENAI}))
+    assert spec.caption is not None
+    assert spec.judge.model == spec.caption.model == "m"

@@ -179,7 +179,7 @@ def judged(
 ) -> tuple[np.ndarray, float]:
     """P(yes) that the judge gives to prompt_match of the default rubric, for each clip, and CPU-seconds a question."""
     from models.multimodal import MultimodalRef, evenly_spaced, load_multimodal
-    from pipelines.sections import Judge
+    from pipelines.viewers import Judge
     from stages.rubric import load_rubric
 
     model = load_multimodal(MultimodalRef(path))
@@ -198,7 +198,7 @@ def judged(
 def captioned(path: str, made: Generated, style: str, batch_size: int, say: Progress) -> tuple[int, int]:
     """How many captions say all that the oracle reads and nothing else, of clips that it reads in full."""
     from models.multimodal import MultimodalRef, evenly_spaced, load_multimodal
-    from pipelines.sections import Caption
+    from pipelines.viewers import Caption
     from stages.caption import INSTRUCTIONS
 
     model = load_multimodal(MultimodalRef(path))

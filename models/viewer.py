@@ -1,0 +1,39 @@
+"""Models that look at media, wherever they run: in this process, or behind an endpoint."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from models.endpoint import load_endpoint
+from models.endpoint_client import EndpointRef
+from models.multimodal import MultimodalRef, load_multimodal
+
+ViewerRef = MultimodalRef | EndpointRef
+
+
+class Viewer(Protocol):
+    """What judges and captions; see `models.multimodal.Multimodal` for what the methods take and give."""
+
+    def p_yes(self, frames: np.ndarray, questions: list[list[str]]) -> np.ndarray: ...
+    def caption(self, frames: np.ndarray, instructions: list[str], max_new_tokens: int) -> list[list[str]]: ...
+
+
+def load_viewer(ref: ViewerRef, threads: int | None = None) -> Viewer:
+    """The model of `ref`, loaded once for each process; with as many threads of torch, if it computes here.
+
+    Raises UserError where the folder holds no such model, or the endpoint's API key is missing.
+    """
+    if isinstance(ref, EndpointRef):
+        return load_endpoint(ref)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return load_multimodal(ref)
+
+
+def name_of(ref: ViewerRef) -> str:
+    """Path of a model, or model@host of one behind an endpoint."""
+    return ref.name if isinstance(ref, EndpointRef) else ref.path

@@ -1,0 +1,134 @@
+"""Sections of the spec for models that look at media: the judge, the captioner, and the endpoint that either may ask."""
+
+from __future__ import annotations
+
+import re
+from ipaddress import ip_address
+from typing import Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from pipelines.sections import DEFAULT_PACK, Section
+
+
+class Viewer(Section):
+    """A model that looks at media, in this process or behind an endpoint: what the judge and the captioner share."""
+
+    backend: str = "transformers"
+    model: str = DEFAULT_PACK
+    revision: str | None = Field(None, description="Hub revision.")
+    token_drop: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Backend transformers: leave out vision tokens under which pixels differ by at most this share of full"
+        " scale, on average, from what was read there before; 0 reads all. Alike for judge and captioner, a clip is read once"
+        " for both.",
+    )
+    base_url: str | None = Field(
+        None, description="Backend openai: what comes before /chat/completions, such as https://api.openai.com/v1."
+    )
+    api_key_env: str = Field(
+        "OPENAI_API_KEY",
+        description="Backend openai: environment variable of the workers that holds the API key; the key itself never stands"
+        " in a spec.",
+    )
+    allow_http: bool = Field(False, description="Backend openai: allow a base_url without TLS on another machine.")
+    concurrency: int = Field(8, ge=1, description="Backend openai: requests under way at a time, of each worker.")
+    timeout: float = Field(
+        120, gt=0, description="Backend openai: seconds without an answer until a request is given up and repeated."
+    )
+    max_requests: int | None = Field(
+        None,
+        ge=1,
+        description="Backend openai: requests of each worker, after which the run stops; a resume begins to count anew, and"
+        " answers that are kept count nothing.",
+    )
+    max_total_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Backend openai: the same in tokens, as the server counts them, of questions and answers.",
+    )
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_variable(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):  # what it is instead may be the key itself
+            raise ValueError("expected the name of an environment variable, in capitals, and found something else")
+        return value
+
+    @model_validator(mode="after")
+    def _endpoint_is_sound(self) -> Self:
+        if self.backend != "openai":
+            if self.base_url is not None:
+                raise ValueError("base_url belongs to backend `openai`; set that, or remove base_url")
+            return self
+        if self.token_drop:
+            raise ValueError("token_drop belongs to backend `transformers`; remove it")
+        if self.base_url is None or self.model.startswith("pack://"):
+            raise ValueError("backend `openai` needs base_url and model: its name on that server")
+        try:
+            url = urlsplit(self.base_url)
+            host = url.hostname
+        except ValueError:
+            host = None
+        if not host or not re.fullmatch(r"https?://[^\s?#@\\]+", self.base_url):
+            raise ValueError("base_url: expected an http(s) URL without user, query and fragment")
+        if url.scheme == "http" and not self.allow_http and not _is_loopback(host):
+            raise ValueError(
+                f"base_url: {host} would get media and key without TLS; use https, or set allow_http: true"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Judge(Viewer):
+    """The model that scores, and the bar."""
+
+    backend: Literal["transformers", "openai", "call", "oracle", "none"] = Field(
+        "transformers",
+        description="transformers in process; openai: a server that speaks the OpenAI API; call: your own code; oracle:"
+        " classical vision that knows the shapes world and nothing else, for tests and benches; none: what ScoreMedia leaves"
+        " is accepted.",
+    )
+    model: str = Field(
+        DEFAULT_PACK,
+        description="A multimodal model in transformers' checkpoint format; for openai, its name on the server.",
+    )
+    call: str | None = Field(
+        None, description="module:function of backend `call`: takes a batch, returns {question: [n] floats}."
+    )
+    version: str | None = Field(None, description="Version of that code, recorded with each score.")
+    rubric: str = Field("default", description="`default` or a YAML file of questions.")
+    thresholds: dict[str, float] = Field({}, description="Least P(yes) for each question; replaces the rubric's own.")
+    num_frames: int = Field(8, ge=1, description="Frames shown to the model, evenly spaced.")
+
+    @model_validator(mode="after")
+    def _call_is_named(self) -> Judge:
+        if self.backend == "call" and not (self.call and self.version):
+            raise ValueError("backend `call` needs call: 'module:function' and a version")
+        return self
+
+
+class Caption(Viewer):
+    """The model that captions what was accepted."""
+
+    backend: Literal["transformers", "openai"] = Field(
+        "transformers", description="transformers in process; openai: a server that speaks the OpenAI API."
+    )
+    model: str = Field(
+        DEFAULT_PACK,
+        description="A multimodal model; the judge's own is loaded once for both. For openai, its name on the server.",
+    )
+    styles: tuple[Literal["short", "dense"], ...] = Field(
+        ("short", "dense"), description="Captions to write; the first is the sample's."
+    )
+    max_new_tokens: int = Field(96, ge=1, description="Longest caption, in tokens.")
+    num_frames: int = Field(8, ge=1, description="Frames shown to the model.")
