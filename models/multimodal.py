@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 
 from infra.errors import UserError
+from infra.telemetry import log
 from models.chat import control_tokens, explain, plain_text, prepare, starts_itself
 from models.placement import device_of, dtype_of, quiet
 from models.prefix import Place, Prefix, Prefixes
@@ -103,6 +104,7 @@ class Multimodal:
         self._control = control_tokens(self.tokenizer)
         self._yes, self._no = self._spelled("Yes"), self._spelled("No")
         self._prefixes = Prefixes(TOKENS_PER_FORWARD)
+        self._reads_whole = False
 
     def p_yes(self, frames: np.ndarray, questions: list[list[str]]) -> np.ndarray:
         """The probability of "Yes" over "Yes" and "No" at the first position of the answer.
@@ -158,7 +160,10 @@ class Multimodal:
                     yield some, self._go_on(places, prefix, tails, max_new_tokens)
         elif self.ref.token_drop and frames.shape[1] > 1:
             raise UserError(f"judge.token_drop, caption.token_drop: {self.ref.path}: its family cannot; set 0")
-        else:  # a family that writes frames and text otherwise than all that were tried: read anew for each text
+        else:  # a family that writes frames and text otherwise than all that were tried
+            if not self._reads_whole:
+                self._reads_whole = True
+                log().warning("clips are read anew for each question and caption", model=self.ref.path)
             for some in _cut(pairs, rows):
                 inputs = self._inputs([(frames[clip], texts[clip][at]) for clip, at in some])
                 yield some, self._generate(inputs, max_new_tokens)

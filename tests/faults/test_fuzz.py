@@ -56,9 +56,9 @@ def check_spec(spec: Spec) -> None:
         one_line(error, 40)
 
 
-def spec_values(folder: Path, data: dict[str, Any]) -> bool:
+def spec_values(folder: Path, data: dict[str, Any], assignments: list[str] | None = None) -> bool:
     try:
-        spec = parse_spec(data)
+        spec = parse_spec(data, assignments)
     except UserError as error:
         one_line(error, 40)
         return False
@@ -80,13 +80,7 @@ def spec_file(folder: Path, data: bytes) -> bool:
 
 
 def override(folder: Path, assignments: list[str]) -> bool:
-    try:
-        spec = parse_spec(FULL, assignments)
-    except UserError as error:
-        one_line(error, 40)
-        return False
-    check_spec(spec)
-    return True
+    return spec_values(folder, FULL, assignments)
 
 
 def rubric_file(folder: Path, data: bytes) -> bool:

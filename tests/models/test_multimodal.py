@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from infra.errors import UserError
 from models import multimodal
@@ -193,8 +194,11 @@ def test_a_family_whose_questions_are_no_tokens_by_themselves_reads_each_convers
     answers, texts = model.p_yes(frames, [QUESTIONS] * 2), model.caption(frames, [INSTRUCTION], 5)
     monkeypatch.setattr(model, "_tail", lambda *_: [0])
     monkeypatch.setattr(model, "_go_on", None)
-    np.testing.assert_allclose(model.p_yes(frames, [QUESTIONS] * 2), answers, atol=1e-5)
-    assert model.caption(frames, [INSTRUCTION], 5) == texts
+    monkeypatch.setattr(model, "_reads_whole", False)
+    with capture_logs() as told:
+        np.testing.assert_allclose(model.p_yes(frames, [QUESTIONS] * 2), answers, atol=1e-5)
+        assert model.caption(frames, [INSTRUCTION], 5) == texts
+    assert [each["event"] for each in told] == ["clips are read anew for each question and caption"]
 
 
 def test_p_yes_does_not_depend_on_neighbours(model):
