@@ -35,6 +35,9 @@ _EXPECTED = {
 }
 
 
+TAGS = ("<number>", "<bar>")
+"""Which member of a union a value was taken for (see pipelines.viewers)."""
+
 OWN_KEY = "the whole: "
 """Before what is said of the whole spec, whose message names the key itself."""
 
@@ -81,7 +84,7 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def map_keys(field: FieldInfo) -> tuple[str, ...]:
-    """What a map's keys may be; nothing for a field of another kind."""
+    """What a map's keys may be; nothing for a field of another kind, and where any will do."""
     return get_args(get_args(field.annotation)[0]) if get_origin(field.annotation) is dict else ()
 
 
@@ -93,6 +96,7 @@ def _find(annotation: Any) -> type[BaseModel] | None:
 
 def _resolve(model: type[BaseModel], loc: Loc) -> tuple[Loc, FieldInfo | None, type[BaseModel] | None]:
     """A location without pydantic's own marks (union members, `[key]`), the field there, and the section it stands in."""
+    loc = tuple(part for part in loc if part not in TAGS)
     field: FieldInfo | None = None
     section: type[BaseModel] | None = model
     for at, part in enumerate(loc):
@@ -101,7 +105,7 @@ def _resolve(model: type[BaseModel], loc: Loc) -> tuple[Loc, FieldInfo | None, t
         if section is None:
             marks = [mark for mark in loc[at:] if mark in ("[key]", "str") or "[str" in str(mark)]
             return tuple(part for part in loc if part not in marks), field, None
-        if field is not None and part in map_keys(field):
+        if field is not None and get_origin(field.annotation) is dict and part in (map_keys(field) or (part,)):
             field = None  # what the map holds comes next
             continue
         if part not in section.model_fields:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from ipaddress import ip_address
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipelines.sections import DEFAULT_PACK, Section
 
@@ -89,6 +89,69 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+class Bar(Section):
+    """A threshold that is found from data: the lowest with this precision, or that of the best share."""
+
+    precision: float | None = Field(
+        None, gt=0, lt=1, description="Least share of good samples among those that clear it, calibrated on `labels`."
+    )
+    labels: str | None = Field(
+        None,
+        description="CSV of sample_id,label with samples of this dataset; left out, the labels that `ditmill annotate"
+        " --labels` stored.",
+    )
+    keep: float | None = Field(
+        None, gt=0, lt=1, description="Share of the samples to keep, the best ones by this score."
+    )
+    first: int | None = Field(
+        None,
+        ge=20,
+        description="With keep: found on as many samples, and then fixed for the dataset; left out, each release keeps that"
+        " share of its own.",
+    )
+
+    @model_validator(mode="after")
+    def _is_one_aim(self) -> Bar:
+        if (self.precision is None) == (self.keep is None):
+            raise ValueError("expected a number, {precision: 0.98, labels: labels.csv} or {keep: 0.6}")
+        if self.labels is not None and self.precision is None:
+            raise ValueError("labels belongs to precision; set that, or remove labels")
+        if self.first is not None and self.keep is None:
+            raise ValueError("first belongs to keep; set that, or remove first")
+        return self
+
+
+def _kind(value: object) -> str:
+    return "<bar>" if isinstance(value, dict | Bar) else "<number>"
+
+
+Threshold = Annotated[Annotated[float, Tag("<number>")] | Annotated[Bar, Tag("<bar>")], Discriminator(_kind)]
+
+
+class Screen(Viewer):
+    """A cheaper judge that is asked first; the judge is asked only where this one is not sure."""
+
+    backend: Literal["transformers", "openai"] = Field(
+        "transformers", description="transformers in process; openai: a server that speaks the OpenAI API."
+    )
+    num_frames: int = Field(4, ge=1, description="Frames shown to it, evenly spaced.")
+    reject: float = Field(
+        0.1, ge=0, le=1, description="A sample with an answer below this is rejected, without asking the judge."
+    )
+    accept: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="A sample with all answers at or above this is accepted, without asking the judge; left out, none is.",
+    )
+
+    @model_validator(mode="after")
+    def _leaves_a_band(self) -> Screen:
+        if self.accept is not None and self.accept < self.reject:
+            raise ValueError(f"accept: expected at least reject ({self.reject:g}), found {self.accept:g}")
+        return self
+
+
 class Judge(Viewer):
     """The model that scores, and the bar."""
 
@@ -107,14 +170,31 @@ class Judge(Viewer):
     )
     version: str | None = Field(None, description="Version of that code, recorded with each score.")
     rubric: str = Field("default", description="`default` or a YAML file of questions.")
-    thresholds: dict[str, float] = Field({}, description="Least P(yes) for each question; replaces the rubric's own.")
+    thresholds: dict[str, Threshold] = Field(
+        {},
+        description="Least P(yes) for each question; replaces the rubric's own. `overall` is the mean of all answers by the"
+        " rubric's weights. Instead of a number {precision: 0.98, labels: labels.csv}, {keep: 0.6} or"
+        " {keep: 0.6, first: 200} finds it.",
+    )
     num_frames: int = Field(8, ge=1, description="Frames shown to the model, evenly spaced.")
+    screen: Screen | None = Field(None, description="A cheaper judge that is asked first.")
 
     @model_validator(mode="after")
     def _call_is_named(self) -> Judge:
         if self.backend == "call" and not (self.call and self.version):
             raise ValueError("backend `call` needs call: 'module:function' and a version")
         return self
+
+    @model_validator(mode="after")
+    def _screens_a_model(self) -> Judge:
+        if self.screen is not None and self.backend not in ("transformers", "openai"):
+            raise ValueError(f"screen belongs to backends `transformers` and `openai`, found {self.backend}; remove it")
+        return self
+
+    @property
+    def bars(self) -> dict[str, float]:
+        """The thresholds that are known; one that is yet to be found lets everything pass."""
+        return {name: bar if isinstance(bar, float) else 0.0 for name, bar in self.thresholds.items()}
 
 
 class Caption(Viewer):
