@@ -18,7 +18,8 @@ from infra.ray_session import Cluster
 from infra.tables import Table
 from infra.telemetry import log
 from pipelines.annotate import Annotated, Scope
-from pipelines.decisions import NONE, Decision, read_decisions, read_scores
+from pipelines.answers import SCORE, Answers, asked
+from pipelines.decisions import NONE, Decision, read_decisions
 from pipelines.feed import Feeder
 from pipelines.generate import StopRequest
 from pipelines.graph import results
@@ -31,18 +32,16 @@ from stages.annotate import Annotator, Row, WriteAnnotations
 from stages.batch import Batch, Stage, WorldFault, size
 from stages.caption import INSTRUCTIONS
 from stages.decode import DecodeLatents
-from stages.judge import JudgeQuality, decide
+from stages.judge import JudgeQuality
 from stages.read import ReadMedia
-from stages.score import MEASURED, ScoreMedia
+from stages.score import ScoreMedia
 
 PART_ROWS = 20_000
-SCORE = "score"
-"""Who decides where a spec has no judge."""
 SHOWN = 3
 
 
 class Work(Protocol):
-    """What is to be said of samples: who says it, what can be said without a model, and the stage for the rest."""
+    """What is to be said of samples: who says it, what can be said without a model, and the stages for the rest."""
 
     kind: str
     annotator: Annotator
@@ -50,7 +49,7 @@ class Work(Protocol):
 
     def __init__(self, run: Resolved) -> None: ...
 
-    def stage(self) -> Stage: ...
+    def stages(self) -> tuple[Stage, ...]: ...
 
     def wants(self, row: dict[str, Any], decision: Decision, scope: Scope) -> bool: ...
 
@@ -66,19 +65,13 @@ class Judging:
 
     def __init__(self, run: Resolved) -> None:
         self.annotator = Annotator(run.storage, run.run_id, run.judge_name or SCORE, run.rubric_id, run.asked)
-        score, *judges = run.scoring()
+        score, *self._stages = run.scoring()
         assert isinstance(score, ScoreMedia)
         self._score = score
-        self._judge = judges[0] if judges else None
-        self._bars: dict[str, float] = {}
-        if isinstance(self._judge, JudgeQuality):
-            self._bars = self._judge.rubric.thresholds(dict(self._judge.thresholds))
-        self._questions = run.rubric.questions if run.judge else ()
-        self._answers = read_scores(run.storage, self.annotator.name, run.asked)
+        self._answers = Answers(run)
 
-    def stage(self) -> Stage:
-        assert self._judge is not None
-        return self._judge
+    def stages(self) -> tuple[Stage, ...]:
+        return tuple(self._stages)
 
     def wants(self, row: dict[str, Any], decision: Decision, scope: Scope) -> bool:
         if scope == "missing":
@@ -87,16 +80,19 @@ class Judging:
 
     def without_model(self, row: dict[str, Any], decision: Decision) -> list[Row] | None:
         reasons = self._of_media(row)
-        if not reasons and self._judge is not None:
-            answers = self._answers.get(row["sample_id"]) or self._own_answers(row)
-            if answers is None:
+        if not reasons and self._stages:
+            *_, judge = self._stages
+            assert isinstance(judge, JudgeQuality)
+            answers = self._answers.of(row)
+            settled = judge.settle(answers, row["num_frames"])
+            if settled is None:
                 return None
-            _, reasons = decide(answers, self._bars)
+            _, reasons = settled
         verdict = "rejected" if reasons else "accepted"
         if decision.verdict:
             known = (decision.verdict, list(decision.reasons), decision.decided_by, decision.rubric.partition("+")[0])
         else:
-            known = (row["verdict"], list(row["reasons"] or ()), row["judge"] or SCORE, _asked(row))
+            known = (row["verdict"], list(row["reasons"] or ()), row["judge"] or SCORE, asked(row))
         if known == (verdict, reasons, self.annotator.name, self.annotator.asked):
             return []
         return self.annotator.verdict(row["sample_id"], verdict, reasons)
@@ -110,22 +106,6 @@ class Judging:
         if not reasons and self._score.reject_duplicates:
             reasons = [reason for reason in row["reasons"] or () if reason.startswith("duplicate of ")]
         return reasons
-
-    def _own_answers(self, row: dict[str, Any]) -> dict[str, float] | None:
-        """What the sample's own judge answered, if it is this one and was asked the same."""
-        if (row["judge"] or SCORE, _asked(row)) != (self.annotator.name, self.annotator.asked):
-            return None
-        scores = row["scores"] or []
-        measured = next(
-            (at for at, item in enumerate(scores) if item["name"] not in MEASURED[at : at + 1]), len(scores)
-        )
-        answers = {item["name"]: item["value"] for item in scores[measured:]}
-        asked = [question.name for question in self._questions if question.asked(row["num_frames"])]
-        return answers if answers and all(name in answers for name in asked) else None
-
-
-def _asked(row: dict[str, Any]) -> str:
-    return str(row["rubric"] or "").partition("+")[0]
 
 
 class Captioning:
@@ -146,10 +126,10 @@ class Captioning:
             run.captioner_name,
             f"captions@{hashlib.sha256(settings.encode()).hexdigest()[:12]}",
         )
-        (self._stage,) = run.captioning()
+        self._stages = run.captioning()
 
-    def stage(self) -> Stage:
-        return self._stage
+    def stages(self) -> tuple[Stage, ...]:
+        return self._stages
 
     def wants(self, row: dict[str, Any], decision: Decision, scope: Scope) -> bool:
         verdict = decision.verdict or row["verdict"]
@@ -278,7 +258,7 @@ class _Job:
         run, started = self.run, time.time()
         layout = run.spec.layout
         decoder = DecodeLatents(run.generators, run.plan, layout.batch_size, layout.threads)
-        stages = (ReadMedia(run.storage, decoder), work.stage(), WriteAnnotations(work.annotator))
+        stages = (ReadMedia(run.storage, decoder), *work.stages(), WriteAnnotations(work.annotator))
         groups = (_group(stages, cluster(), run.spec.compute),)
         feeder = Feeder(in_flight(groups))
         batches = itertools.chain([first], rest)

@@ -70,11 +70,11 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key of a model and of those below it, dotted, with its field."""
+    """Every key of a model and of those below it, dotted, with its field; none of what a map with any keys holds."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}", field
         below = section_of(field)
-        if below is not None:
+        if below is not None and not is_free(field):
             yield from leaves(below, f"{prefix}{name}.")
 
 
@@ -86,6 +86,11 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 def map_keys(field: FieldInfo) -> tuple[str, ...]:
     """What a map's keys may be; nothing for a field of another kind, and where any will do."""
     return get_args(get_args(field.annotation)[0]) if get_origin(field.annotation) is dict else ()
+
+
+def is_free(field: FieldInfo) -> bool:
+    """Whether it is a map whose keys are the user's own."""
+    return get_origin(field.annotation) is dict and not map_keys(field)
 
 
 def _find(annotation: Any) -> type[BaseModel] | None:
@@ -105,7 +110,7 @@ def _resolve(model: type[BaseModel], loc: Loc) -> tuple[Loc, FieldInfo | None, t
         if section is None:
             marks = [mark for mark in loc[at:] if mark in ("[key]", "str") or "[str" in str(mark)]
             return tuple(part for part in loc if part not in marks), field, None
-        if field is not None and get_origin(field.annotation) is dict and part in (map_keys(field) or (part,)):
+        if field is not None and (is_free(field) or part in map_keys(field)):
             field = None  # what the map holds comes next
             continue
         if part not in section.model_fields:

@@ -180,10 +180,9 @@ def _models(spec: Spec) -> dict[tuple[str, str | None], None]:
     """(model, revision) of all models that a spec names."""
     named: list[tuple[str, str | None]] = [(generator.model, generator.revision) for generator in spec.generators]
     named += [(adapter.uri, None) for generator in spec.generators for adapter in generator.adapters]
-    if spec.judge.backend == "transformers":
-        named.append((spec.judge.model, spec.judge.revision))
-    if spec.caption is not None and spec.caption.backend == "transformers":
-        named.append((spec.caption.model, spec.caption.revision))
+    for section in (spec.judge, spec.judge.screen, spec.caption):
+        if section is not None and section.backend == "transformers":
+            named.append((section.model, section.revision))
     if spec.prompts.expand is not None:
         named.append((spec.prompts.expand.model, spec.prompts.expand.revision))
     return dict.fromkeys(named)

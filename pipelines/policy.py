@@ -48,13 +48,15 @@ def named_urls(spec: Spec) -> Iterator[tuple[str, str]]:
         yield f"generators.{at}.model", generator.model
         for number, adapter in enumerate(generator.adapters):
             yield f"generators.{at}.adapters.{number}.uri", adapter.uri
-    yield "judge.model", spec.judge.model
     yield "judge.rubric", spec.judge.rubric
-    if spec.caption is not None:
-        yield "caption.model", spec.caption.model
-    for name, section in (("judge", spec.judge), ("caption", spec.caption)):
-        if section is not None and section.base_url is not None:
-            yield f"{name}.base_url", section.base_url
+    for name, bar in spec.judge.thresholds.items():
+        if not isinstance(bar, float) and bar.labels is not None:
+            yield f"judge.thresholds.{name}.labels", bar.labels
+    for name, section in (("judge", spec.judge), ("judge.screen", spec.judge.screen), ("caption", spec.caption)):
+        if section is not None:
+            yield f"{name}.model", section.model
+            if section.base_url is not None:
+                yield f"{name}.base_url", section.base_url
     if spec.prompts.expand is not None:
         yield "prompts.expand.model", spec.prompts.expand.model
     if spec.prompts.path is not None:

@@ -26,13 +26,15 @@ from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
 from models.viewer import ViewerRef
 from pipelines.identity import generator_id
-from pipelines.spec import Caption, Judge, Spec, absolute_paths
+from pipelines.spec import Spec, absolute_paths
+from pipelines.viewers import Viewer
 from stages.batch import Stage
 from stages.caption import CaptionMedia
 from stages.expand import ExpandPrompts
 from stages.judge import JudgeQuality
 from stages.rubric import Rubric, check_thresholds, load_rubric
 from stages.score import ScoreMedia
+from stages.screen import ScreenQuality
 from stages.write import GeneratorFacts, WriteShards
 
 ENDPOINT_LICENCE = Licence("unknown", "unknown", "it is behind an endpoint, which states none; read its terms")
@@ -59,6 +61,7 @@ class Resolved:
     generator_ids: tuple[str, ...]
     rubric: Rubric
     judge: ViewerRef | None
+    screen: ViewerRef | None
     captioner: ViewerRef | None
     expander: Expander | None
     licences: tuple[tuple[str, Licence], ...]
@@ -68,22 +71,33 @@ class Resolved:
         return replace(self, run_id=new_run_id())
 
     def scoring(self) -> tuple[Stage, ...]:
-        """ScoreMedia and, unless the spec has none, the judge."""
+        """ScoreMedia and, unless the spec has none, the judge, with the screen before it if there is one."""
         spec = self.spec
         score: Stage = ScoreMedia(**spec.score.model_dump())
         if spec.judge.backend == "none":
             return (score,)
+        screen = None
+        if spec.judge.screen is not None and self.screen is not None:
+            screen = ScreenQuality(
+                rubric=self.rubric,
+                model=self.screen,
+                reject=spec.judge.screen.reject,
+                accept=spec.judge.screen.accept,
+                num_frames=spec.judge.screen.num_frames,
+                threads=spec.layout.threads,
+            )
         judge = JudgeQuality(
             rubric=self.rubric,
             model=self.judge,
             backend=spec.judge.backend,
             call=spec.judge.call,
             version=spec.judge.version,
-            thresholds=tuple(sorted(spec.judge.thresholds.items())),
+            thresholds=tuple(sorted(spec.judge.bars.items())),
             num_frames=spec.judge.num_frames,
             threads=spec.layout.threads,
+            screen=screen,
         )
-        return (score, judge)
+        return (score, judge) if screen is None else (score, screen, judge)
 
     def captioning(self) -> tuple[Stage, ...]:
         caption = self.spec.caption
@@ -124,18 +138,22 @@ class Resolved:
         if self.spec.judge.backend == "none":
             return ""
         judge = self.spec.judge
-        shown = f"{self.rubric.questions_sha256}/{judge.num_frames}"
-        if judge.token_drop:
-            shown += f"/{judge.token_drop}"
+        shown = self.rubric.questions_sha256
+        for tier in (judge, judge.screen):
+            if tier is not None:
+                shown += f"/{tier.num_frames}" + (f"/{tier.token_drop}" if tier.token_drop else "")
         return f"{self.rubric.name}@{hashlib.sha256(shown.encode()).hexdigest()[:12]}"
 
     @property
     def rubric_id(self) -> str:
         """What a row says of its rubric: `asked`, and after a plus sign a hash of every bound that its verdict depends on."""
+        judge = self.spec.judge
         bounds = {
-            "judge": self.rubric.thresholds(self.spec.judge.thresholds) if self.asked else {},
+            "judge": self.rubric.thresholds(judge.bars) if self.asked else {},
             "score": self.spec.score.model_dump(),
         }
+        if judge.screen is not None:
+            bounds["screen"] = {"reject": judge.screen.reject, "accept": judge.screen.accept}
         return f"{self.asked}+{hashlib.sha256(json.dumps(bounds, sort_keys=True).encode()).hexdigest()[:8]}"
 
     @property
@@ -146,7 +164,10 @@ class Resolved:
             return f"{judge.call}@{judge.version}"
         if judge.backend == "oracle":
             return f"oracle@{marks.VERSION}"
-        return _version_of(judge.model, self.judge) if self.judge else ""
+        name = _version_of(judge.model, self.judge) if self.judge else ""
+        if judge.screen is not None and self.screen is not None:
+            return f"{_version_of(judge.screen.model, self.screen)}, then {name}"
+        return name
 
     @property
     def captioner_name(self) -> str:
@@ -157,14 +178,14 @@ class Resolved:
     @property
     def needs_model(self) -> bool:
         """Whether judging or captioning computes with a model on this run's own machines."""
-        return any(isinstance(ref, MultimodalRef) for ref in (self.judge, self.captioner))
+        return any(isinstance(ref, MultimodalRef) for ref in (self.judge, self.screen, self.captioner))
 
 
 def _version_of(model: str, ref: ViewerRef) -> str:
     return ref.name if isinstance(ref, EndpointRef) else f"{model}@{content_sha256(ref.path)[:12]}"
 
 
-def _viewer(name: str, section: Judge | Caption | None, storage: Storage) -> ViewerRef | None:
+def _viewer(name: str, section: Viewer | None, storage: Storage) -> ViewerRef | None:
     """The model that a section names; None where it names none."""
     if section is None or section.backend not in ("transformers", "openai"):
         return None
@@ -200,7 +221,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
     storage = storage_of(spec)
     rubric = load_rubric(spec.judge.rubric)
     if spec.judge.backend in ("transformers", "openai", "oracle"):
-        check_thresholds(rubric, spec.judge.thresholds)
+        check_thresholds(rubric, spec.judge.bars)
     if spec.judge.backend == "oracle":
         _check_oracle(rubric)
     plan = sampler_plan(spec)
@@ -253,8 +274,9 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         facts.append(fact)
         ids.append(generator_id(sha256, weights))
         licences[generator.model] = licence_of(folder, generator.model, (generator.licence, generator.may_train))
-    judge, captioner = _viewer("judge", spec.judge, storage), _viewer("caption", spec.caption, storage)
-    for viewer, section in ((judge, spec.judge), (captioner, spec.caption)):
+    looking = {"judge": spec.judge, "judge.screen": spec.judge.screen, "caption": spec.caption}
+    viewers = {name: _viewer(name, section, storage) for name, section in looking.items()}
+    for viewer, section in zip(viewers.values(), looking.values(), strict=True):
         if isinstance(viewer, EndpointRef):
             licences[viewer.name] = ENDPOINT_LICENCE
         elif viewer is not None and section is not None:
@@ -272,8 +294,9 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         facts=tuple(facts),
         generator_ids=tuple(ids),
         rubric=rubric,
-        judge=judge,
-        captioner=captioner,
+        judge=viewers["judge"],
+        screen=viewers["judge.screen"],
+        captioner=viewers["caption"],
         expander=expander,
         licences=tuple(licences.items()),
     )

@@ -155,11 +155,14 @@ def absolute_paths(spec: Spec, base: str | Path = ".") -> Spec:
         for adapter in generator["adapters"]:
             adapter["uri"] = model(adapter["uri"])
     prompts = data["prompts"]
-    for section in (data["judge"], data["caption"], prompts["expand"]):
+    for section in (data["judge"], data["judge"]["screen"], data["caption"], prompts["expand"]):
         if section and section.get("backend") != "openai":
             section["model"] = model(section["model"])
     if data["judge"]["rubric"] != "default":
         data["judge"]["rubric"] = file(data["judge"]["rubric"])
+    for bar in data["judge"]["thresholds"].values():
+        if isinstance(bar, dict) and bar["labels"] is not None:
+            bar["labels"] = file(bar["labels"])
     if prompts["path"] is not None:
         prompts["path"] = file(prompts["path"])
     prompts["exclude"] = [file(path) for path in prompts["exclude"]]

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pipelines.explain import map_keys, section_of
+from pipelines.explain import is_free, map_keys, section_of
 from pipelines.sections import PACK_GUIDANCE
 from pipelines.spec import Spec, parse_spec
 
@@ -117,7 +117,7 @@ def _section(model: type[BaseModel], values: dict[str, Any], keep: dict[str, Any
 
 
 def _key(name: str, field: FieldInfo, value: Any, keep: dict[str, Any] | None, indent: str) -> Iterator[str]:
-    below = section_of(field)
+    below = None if is_free(field) else section_of(field)
     if below is None:
         shown = _value(value, indent)
         yield f"{indent}{name}:{shown}" if shown.startswith("\n") else f"{indent}{name}: {shown}"

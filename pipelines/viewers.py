@@ -16,7 +16,10 @@ class Viewer(Section):
     """A model that looks at media, in this process or behind an endpoint: what the judge and the captioner share."""
 
     backend: str = "transformers"
-    model: str = DEFAULT_PACK
+    model: str = Field(
+        DEFAULT_PACK,
+        description="A multimodal model in transformers' checkpoint format; for openai, its name on the server.",
+    )
     revision: str | None = Field(None, description="Hub revision.")
     token_drop: float = Field(
         0.0,
@@ -161,10 +164,6 @@ class Judge(Viewer):
         " classical vision that knows the shapes world and nothing else, for tests and benches; none: what ScoreMedia leaves"
         " is accepted.",
     )
-    model: str = Field(
-        DEFAULT_PACK,
-        description="A multimodal model in transformers' checkpoint format; for openai, its name on the server.",
-    )
     call: str | None = Field(
         None, description="module:function of backend `call`: takes a batch, returns {question: [n] floats}."
     )
@@ -172,9 +171,8 @@ class Judge(Viewer):
     rubric: str = Field("default", description="`default` or a YAML file of questions.")
     thresholds: dict[str, Threshold] = Field(
         {},
-        description="Least P(yes) for each question; replaces the rubric's own. `overall` is the mean of all answers by the"
-        " rubric's weights. Instead of a number {precision: 0.98, labels: labels.csv}, {keep: 0.6} or"
-        " {keep: 0.6, first: 200} finds it.",
+        description="Least P(yes) for each question and for `overall`, their weighted mean; replaces the rubric's own."
+        " {precision: 0.98, labels: labels.csv} and {keep: 0.6} find one.",
     )
     num_frames: int = Field(8, ge=1, description="Frames shown to the model, evenly spaced.")
     screen: Screen | None = Field(None, description="A cheaper judge that is asked first.")

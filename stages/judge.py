@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from infra.errors import UserError
-from models.multimodal import evenly_spaced
 from models.pack.marks import marks
 from models.viewer import ViewerRef, load_viewer
+from stages.asking import ask
 from stages.batch import Batch, jsons, load_json, size, texts
-from stages.rubric import Rubric
+from stages.rubric import OVERALL, Rubric, decide
+from stages.screen import ScreenQuality
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class JudgeQuality:
     Backend `oracle` marks clips of the small world with 1 or 0 (models/pack/marks.py), for tests and benches: it looks at
     all frames, and a prompt outside the world's grammar fails with `judge_failed`.
 
-    The other backends ask `model`, which computes here or is behind an endpoint.
+    The other backends ask `model`, which computes here or is behind an endpoint; with a `screen`, of the samples that it
+    has not settled.
     """
 
     rubric: Rubric
@@ -43,6 +45,7 @@ class JudgeQuality:
     thresholds: tuple[tuple[str, float], ...] = ()  # these replace the rubric's own
     num_frames: int = 8
     threads: int = 1
+    screen: ScreenQuality | None = None
 
     name: ClassVar[str] = "judge"
     reads: ClassVar[tuple[str, ...]] = ("frames", "prompt", "scores", "verdict", "reasons")
@@ -63,8 +66,7 @@ class JudgeQuality:
             answers = self._call(batch) if self.backend == "call" else self._ask(batch)
         rows = [{name: float(column[row]) for name, column in answers.items()} for row in range(size(batch))]
         unsound = [[name for name, value in row.items() if not math.isfinite(value)] for row in rows]
-        bars = self.bars()
-        decisions = [("", []) if bad else decide(row, bars) for row, bad in zip(rows, unsound, strict=True)]
+        decisions = [("", []) if bad else self.decide(row) for row, bad in zip(rows, unsound, strict=True)]
         before = load_json(batch["scores"]) if "scores" in batch else [[]] * len(rows)
         scores = [
             old + [{"name": name, "value": value} for name, value in row.items() if math.isfinite(value)]
@@ -87,6 +89,29 @@ class JudgeQuality:
         spec = dict(self.thresholds)
         return spec if self.backend == "call" else self.rubric.thresholds(spec)
 
+    def wants(self, batch: Batch) -> np.ndarray:
+        """Which samples of a batch it is to be asked about, bool [n]: those that no screen has settled."""
+        if self.screen is None:
+            return np.ones(size(batch), dtype=bool)
+        scores = [{item["name"]: item["value"] for item in row} for row in load_json(batch["scores"])]
+        return np.array([self.screen.settle(row, batch["frames"].shape[1]) is None for row in scores], dtype=bool)
+
+    def settle(self, scores: Mapping[str, float], num_frames: int) -> tuple[str, list[str]] | None:
+        """The verdict and its reasons that follow from answers that are known; None where one is missing."""
+        if self.screen is not None and (settled := self.screen.settle(scores, num_frames)):
+            return settled
+        asked = [question.name for question in self.rubric.questions if question.asked(num_frames)]
+        if self.backend == "call":
+            asked = []
+        return self.decide(scores) if scores and all(name in scores for name in asked) else None
+
+    def decide(self, scores: Mapping[str, float]) -> tuple[str, list[str]]:
+        """The verdict that the judge's answers give, with its reasons."""
+        bars = self.bars()
+        if OVERALL in bars and OVERALL not in scores:
+            scores = {**scores, OVERALL: self.rubric.overall(scores)}
+        return decide(scores, bars)
+
     @property
     def _model(self) -> ViewerRef:
         if self.model is None:
@@ -94,11 +119,7 @@ class JudgeQuality:
         return self.model
 
     def _ask(self, batch: Batch) -> dict[str, np.ndarray]:
-        total = batch["frames"].shape[1]
-        asked = [question for question in self.rubric.questions if question.asked(total)]
-        questions = [[question.format(prompt, total) for question in asked] for prompt in batch["prompt"]]
-        p_yes = load_viewer(self._model).p_yes(evenly_spaced(batch["frames"], self.num_frames), questions)
-        return {question.name: p_yes[:, column] for column, question in enumerate(asked)}
+        return ask(self.rubric, self._model, batch, self.num_frames)
 
     def _mark(self, batch: Batch) -> tuple[dict[str, np.ndarray], list[str]]:
         """The oracle's marks, NaN where it has none, and for each row why."""
@@ -131,24 +152,6 @@ class JudgeQuality:
                     f"judge.thresholds.{name}: {self.call} gives no such score; it gives {', '.join(answers) or 'none'}"
                 )
         return {str(name): _floats(values) for name, values in answers.items()}
-
-
-def decide(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> tuple[str, list[str]]:
-    """The verdict of a sample, 'accepted' or 'rejected', and a reason for each threshold that it misses.
-
-    A threshold whose question was not asked (motion, of an image) is not missed.
-    """
-    reasons = [
-        f"{name} {_shown(scores[name], bar)} < {bar:g}"
-        for name, bar in thresholds.items()
-        if name in scores and not scores[name] >= bar
-    ]
-    return ("rejected" if reasons else "accepted"), reasons
-
-
-def _shown(value: float, bar: float) -> str:
-    """Two digits, or as many as set it apart from the bar."""
-    return next((text for digits in range(2, 8) if float(text := f"{value:.{digits}f}") != bar), f"{value!r}")
 
 
 def import_call(path: str) -> Callable[[Batch], Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
@@ -18,6 +20,9 @@ BUILT_IN = Path(__file__).parent / "rubrics"
 
 PROMPT_CHARACTERS = 2000
 """How much of a prompt a question quotes; text encoders cut earlier than this."""
+
+OVERALL = "overall"
+"""Name of the mean of all answers by the rubric's weights, in thresholds."""
 
 _TAKES = {"prompt", "media"}
 
@@ -93,6 +98,12 @@ class Rubric(BaseModel):
         """Least P(yes) for each question, the spec's `judge.thresholds` replacing the rubric's own."""
         return {question.name: question.threshold for question in self.questions} | (overrides or {})
 
+    def overall(self, answers: Mapping[str, float]) -> float:
+        """The weighted mean of the answers to this rubric's questions; NaN where there are none."""
+        asked = [(question.weight, answers[question.name]) for question in self.questions if question.name in answers]
+        total = sum(weight for weight, _ in asked)
+        return sum(weight * value for weight, value in asked) / total if total else math.nan
+
 
 def load_rubric(name_or_path: str) -> Rubric:
     """A built-in rubric by name, or a YAML file. Raises UserError that names `judge.rubric` and the key within."""
@@ -118,12 +129,30 @@ def check_thresholds(rubric: Rubric, thresholds: dict[str, float]) -> None:
     """Refuse thresholds for questions that the rubric does not ask, and ones that are no probability."""
     names = [question.name for question in rubric.questions]
     for name, value in thresholds.items():
-        if name not in names:
+        if name not in (*names, OVERALL):
             raise UserError(
                 f"judge.thresholds.{name}: rubric {rubric.name} has no such question; it has {', '.join(names)}"
             )
         if not 0 <= value <= 1:
             raise UserError(f"judge.thresholds.{name}: expected a probability between 0 and 1, found {value}")
+
+
+def decide(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> tuple[str, list[str]]:
+    """The verdict of a sample, 'accepted' or 'rejected', and a reason for each threshold that it misses.
+
+    A threshold whose question was not asked (motion, of an image) is not missed.
+    """
+    reasons = [
+        f"{name} {_told(scores[name], bar)} < {bar:g}"
+        for name, bar in thresholds.items()
+        if name in scores and not scores[name] >= bar
+    ]
+    return ("rejected" if reasons else "accepted"), reasons
+
+
+def _told(value: float, bar: float) -> str:
+    """Two digits, or as many as set it apart from the bar."""
+    return next((text for digits in range(2, 8) if float(text := f"{value:.{digits}f}") != bar), f"{value!r}")
 
 
 def _explain(item: Any) -> str:

@@ -54,7 +54,7 @@ def test_a_row_says_which_model_and_host(run: Resolved) -> None:
 
 
 def test_stages_ask_the_endpoint_and_keep_answers_in_the_dataset(run: Resolved) -> None:
-    judge, caption = Judging(run).stage(), Captioning(run).stage()
+    judge, caption = Judging(run).stages()[-1], Captioning(run).stages()[0]
     assert isinstance(judge, JudgeQuality) and isinstance(caption, CaptionMedia)
     assert judge.model == EndpointRef(
         "http://127.0.0.1:9/v1", "org/looker", max_requests=7, cache=run.storage, section="judge"

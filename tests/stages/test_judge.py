@@ -13,8 +13,8 @@ from models.multimodal import MultimodalRef, load_multimodal
 from models.pack.phrases import parse
 from models.pack.world import render
 from stages.batch import Batch, jsons, load_json, texts
-from stages.judge import JudgeQuality, decide
-from stages.rubric import load_rubric
+from stages.judge import JudgeQuality
+from stages.rubric import decide, load_rubric
 
 
 def batch(count: int = 4, num_frames: int = 9) -> Batch:
