@@ -30,6 +30,7 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
     from pipelines.graph import worker_env
     from pipelines.resolve import resolve_spec
     from pipelines.run import check_dataset, open_dataset
+    from pipelines.thresholds import find_thresholds
     from stages.batch import WorldFault
 
     configure()
@@ -37,7 +38,10 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
     resolved = resolve_spec(spec)
     with reaching(resolved.storage.root):
         check_dataset(resolved)
-        found = difference(resolved)
+        now = find_thresholds(resolved)
+        found = difference(now)
+    for point in now.points:
+        shown.say(str(point))
     for line in found.lines(resolved.storage.root):
         shown.say(line)
     if found.nothing_to_do and not (retry_failed and found.failed):
@@ -90,9 +94,10 @@ def run_annotate(spec: Spec, judge: bool, caption: bool) -> list[Any]:
     from pipelines.annotate import recaption, rejudge
     from pipelines.graph import worker_env
     from pipelines.resolve import resolve_spec
+    from pipelines.thresholds import find_thresholds
 
     configure()
-    resolved = resolve_spec(spec)
+    resolved = find_thresholds(resolve_spec(spec)) if judge else resolve_spec(spec)
     done: list[Any] = []
     with ExitStack() as stack:
 

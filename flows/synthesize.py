@@ -32,6 +32,7 @@ from pipelines.report import ReportSummary
 from pipelines.resolve import Resolved, new_run_id, resolve_spec
 from pipelines.run import clean_up, expand, expand_groups, make_samples, open_dataset, sample_groups
 from pipelines.spec import Spec
+from pipelines.thresholds import find_thresholds
 from pipelines.verify import Finding, verify
 
 
@@ -193,7 +194,7 @@ def synthesize(spec: dict[str, Any], retry_failed: bool = False) -> dict[str, An
     """
     asked, console = Spec.model_validate(spec), current_console()
     with contextlib.ExitStack() as resources, stopping(console), telling(asked) as facts:
-        run = Run(resolve_spec(this_tick(asked), new_run_id()), console, resources, retry_failed)
+        run = Run(find_thresholds(resolve_spec(this_tick(asked), new_run_id())), console, resources, retry_failed)
         facts |= {"run_id": run.resolved.run_id, "tick": run.resolved.spec.schedule.tick}
         expand_prompts(run)
         generate_samples(run)

@@ -104,7 +104,7 @@ def label(storage: Storage, csv_path: str, annotator: str = "labels") -> Annotat
 
     UserError, and nothing is written, where the file is no such CSV or names a sample that the dataset does not have.
     """
-    labels = _read_labels(csv_path)
+    labels = read_labels(csv_path)
     _check_ids(
         storage, {sample_id: f"{csv_path}: line {line}: sample_id" for sample_id, (line, _, _) in labels.items()}
     )
@@ -164,7 +164,7 @@ def _check_ids(storage: Storage, where: dict[str, str]) -> None:
         raise UserError(f"{where[unknown[0]]}: {storage.root} has no sample {unknown[0]!r}{more}; nothing was written")
 
 
-def _read_labels(path: str) -> dict[str, tuple[int, str, str]]:
+def read_labels(path: str) -> dict[str, tuple[int, str, str]]:
     """sample_id -> line, label, note."""
     text = _read_text(path)
     header = text.partition("\n")[0]

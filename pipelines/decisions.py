@@ -57,7 +57,7 @@ def read_decisions(storage: Storage, until: int | None = None) -> dict[str, Deci
     """
     known: dict[str, str] = {}  # one text for each annotator and rubric, however many rows name it
     said: dict[str, dict[str, Any]] = {}
-    for row in _in_commit_order(Table(storage, "annotations"), until):
+    for row in in_commit_order(Table(storage, "annotations"), until):
         one = said.setdefault(row["sample_id"], {})
         kind, name, value = row["kind"], row["name"] or "", row["value"] or ""
         annotator, rubric = (known.setdefault(text, text) for text in (row["annotator"] or "", row["rubric"] or ""))
@@ -161,7 +161,10 @@ def _captions(before: Iterable[dict[str, Any]], decision: Decision) -> list[dict
     return found
 
 
-def _in_commit_order(table: Table, until: int | None) -> Iterator[dict[str, Any]]:
+def in_commit_order(
+    table: Table, until: int | None = None, columns: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a table, oldest commit first; `until` is a version, left out the newest."""
     handle = table.handle()
     if handle is None:
         return
@@ -169,7 +172,7 @@ def _in_commit_order(table: Table, until: int | None) -> Iterator[dict[str, Any]
     for commit in table.commits_since(-1, handle.version() if until is None else until):
         files = [name for name in commit.added if name in live]
         if files:
-            for batch in table.dataset(files).to_batches():
+            for batch in table.dataset(files).to_batches(columns=columns):
                 yield from batch.to_pylist()
 
 

@@ -20,11 +20,13 @@ from pipelines import calibrate as calibration
 from pipelines.calibrate import Calibration
 from pipelines.dedup import RecordReport
 from pipelines.differences import Difference, difference
+from pipelines.operating_point import OperatingPoint
 from pipelines.placement import Group
 from pipelines.records import unique_records
 from pipelines.resolve import resolve_spec, sampler_plan
 from pipelines.run import check_dataset, sample_groups
 from pipelines.spec import Spec, absolute_paths
+from pipelines.thresholds import find_thresholds
 from pipelines.unknown_words import CHUNK, unknown_lines
 
 START_SECONDS = 20.0
@@ -56,6 +58,7 @@ class PlanReport:
     missing: tuple[str, ...]
     estimate: Estimate | None
     warnings: tuple[str, ...] = ()
+    points: tuple[OperatingPoint, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -80,6 +83,7 @@ class PlanReport:
             "licences": {model: asdict(licence) for model, licence in self.licences.items()},
             "missing_models": list(self.missing),
             "warnings": list(self.warnings),
+            "thresholds": [asdict(point) for point in self.points],
             "estimate": None if self.estimate is None else asdict(self.estimate),
         }
 
@@ -101,6 +105,7 @@ def make_plan(spec: Spec, calibrate: bool = True) -> PlanReport:
     run = resolve_spec(spec)
     with reaching(run.storage.root):
         check_dataset(run)
+        run = find_thresholds(run)
         found = difference(run, records)
     groups = sample_groups(run, local_cluster(spec))
     estimate = None
@@ -108,7 +113,9 @@ def make_plan(spec: Spec, calibrate: bool = True) -> PlanReport:
         measured = calibration.calibrate(run)
         estimate = None if measured is None else _estimate(found.new, run.spec.layout.batch_size, groups, measured)
     warnings = tuple(unknown_lines(run, _first_prompts(spec)))
-    return PlanReport(spec, records, found.planned, found, groups, dict(run.licences), (), estimate, warnings)
+    return PlanReport(
+        spec, records, found.planned, found, groups, dict(run.licences), (), estimate, warnings, run.points
+    )
 
 
 def _first_prompts(spec: Spec) -> Iterator[pa.Array]:
@@ -161,6 +168,7 @@ def render(plan: PlanReport, name: str) -> str:
         lines.append(
             f"  licence of {model}: {licence.name}; may outputs train others? {licence.may_train} ({licence.why})"
         )
+    lines += [f"  {point}" for point in plan.points]
     lines += [f"  warning: {warning}" for warning in plan.warnings]
     if plan.missing:
         lines.append(f"  not on this machine, so no estimate: {', '.join(plan.missing)}; `ditmill run` fetches them")

@@ -26,6 +26,7 @@ from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
 from models.viewer import ViewerRef
 from pipelines.identity import generator_id
+from pipelines.operating_point import OperatingPoint
 from pipelines.spec import Spec, absolute_paths
 from pipelines.viewers import Viewer
 from stages.batch import Stage
@@ -65,6 +66,8 @@ class Resolved:
     captioner: ViewerRef | None
     expander: Expander | None
     licences: tuple[tuple[str, Licence], ...]
+    points: tuple[OperatingPoint, ...] = ()
+    """Thresholds that were found from data (see pipelines.thresholds)."""
 
     def again(self) -> Resolved:
         """The same as a run of its own: a run id that was swept cannot commit any more."""

@@ -30,6 +30,7 @@ from pipelines.placement import Group, place
 from pipelines.prompts import commit_prompts
 from pipelines.recipes import RECIPES
 from pipelines.resolve import Resolved, code_version
+from pipelines.thresholds import as_told
 from pipelines.unknown_words import warn_of_unknown_words
 
 LIBRARIES = ("torch", "diffusers", "transformers", "ray", "prefect", "deltalake", "pyarrow", "av", "numpy")
@@ -85,6 +86,8 @@ def commit_run_row(run: Resolved, event: str, **values: Any) -> None:
         "created_at": datetime.now(UTC),
         **values,
     }
+    if points := as_told(run):
+        row["extra_json"] = json.dumps({**json.loads(row.get("extra_json") or "{}"), **points})
     committer = Committer(Table(run.storage, "runs"), run.run_id)
     part = write_part(run.storage, f"runs/{run.run_id}-{event}.parquet", pa.Table.from_pylist([row], RUNS))
     committer.commit([part])

@@ -87,7 +87,8 @@ def thresholds(spec: Mapping[str, Any]) -> dict[str, list[Threshold]]:
 
 
 def _judge_thresholds(judge: Mapping[str, Any]) -> dict[str, float]:
-    own = _numbers(judge.get("thresholds"))
+    said = _object(judge.get("thresholds"))
+    own = dict.fromkeys(said, 0.0) | _numbers(said)  # one that is yet to be found lets everything pass
     if judge.get("backend") != "transformers":
         return own
     try:

@@ -123,6 +123,11 @@ class Bar(Section):
             raise ValueError("first belongs to keep; set that, or remove first")
         return self
 
+    def __str__(self) -> str:
+        if self.precision is not None:
+            return f"precision {self.precision:g}"
+        return f"the best {self.keep:g}" + (f" of the first {self.first}" if self.first else "")
+
 
 def _kind(value: object) -> str:
     return "<bar>" if isinstance(value, dict | Bar) else "<number>"

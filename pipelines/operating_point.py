@@ -1,0 +1,117 @@
+"""Where to put a threshold: by a precision on labelled answers, or by the share of samples to keep.
+
+For a precision the answers are calibrated on the labels, so that each threshold has an expected share of good samples among
+those that clear it: by isotonic regression (Zadrozny and Elkan 2002) where there are `ISOTONIC` labels or more, which is what
+it needs, else by a logistic curve (Platt 1999). The threshold is the lowest that reaches the precision. What is told of it is
+cross-fitted: of each fifth of the labels by the threshold that the other four give.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+ISOTONIC = 1000
+FOLDS = 5
+LEAST = 10
+"""Good samples that there must be at least, and bad ones."""
+
+EDGE = 1e-6
+"""Probabilities are kept this far from 0 and 1 where their logarithm is taken."""
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A threshold that was found, and what it does to the samples that it was found on.
+
+    `keeps` is the share that clears it. For a precision: `precision` with its 95% Wilson interval, and the recall of good
+    samples, cross-fitted; None where nothing cleared the thresholds.
+    """
+
+    question: str
+    aim: str
+    threshold: float
+    samples: int
+    keeps: float
+    calibrator: str = ""
+    precision: float | None = None
+    low: float | None = None
+    high: float | None = None
+    recall: float | None = None
+
+    def __str__(self) -> str:
+        said = f"judge.thresholds.{self.question}: {self.aim} is {self.threshold:.4g}"
+        if self.precision is None:
+            return f"{said}, found on {self.samples} samples"
+        return (
+            f"{said}: precision {self.precision:.3f} [{self.low:.3f}, {self.high:.3f}], recall {self.recall:.3f}"
+            f" ({self.calibrator} on {self.samples} labels, cross-fitted), {self.keeps:.0%} of them kept"
+        )
+
+
+def by_precision(
+    question: str, aim: str, scores: np.ndarray, good: np.ndarray, precision: float
+) -> OperatingPoint | None:
+    """The lowest threshold with this precision; None where none has it.
+
+    `scores` are probabilities, float64 [n], and `good` bool [n] with at least `LEAST` of each kind.
+    """
+    from scipy.stats import binomtest
+    from sklearn.model_selection import StratifiedKFold
+
+    threshold = _lowest(scores, good, precision)
+    if threshold is None:
+        return None
+    cleared = np.zeros(len(scores), dtype=bool)
+    for rest, fold in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(scores[:, None], good):
+        of_rest = _lowest(scores[rest], good[rest], precision)
+        cleared[fold] = scores[fold] >= (math.inf if of_rest is None else of_rest)
+    count, right = int(cleared.sum()), int((cleared & good).sum())
+    point = OperatingPoint(
+        question=question,
+        aim=aim,
+        threshold=threshold,
+        samples=len(scores),
+        keeps=float((scores >= threshold).mean()),
+        calibrator=_calibrator(len(scores)),
+    )
+    if not count:
+        return point
+    low, high = (float(bound) for bound in binomtest(right, count).proportion_ci(method="wilson"))
+    return replace(point, precision=right / count, low=low, high=high, recall=right / int(good.sum()))
+
+
+def by_share(question: str, aim: str, scores: np.ndarray, keep: float) -> OperatingPoint:
+    """The threshold that the best `keep` of `scores` clear, float64 [n]; more of them where the last are equal."""
+    threshold = float(np.sort(scores)[::-1][max(0, math.ceil(keep * len(scores)) - 1)])
+    return OperatingPoint(question, aim, threshold, len(scores), keeps=float((scores >= threshold).mean()))
+
+
+def _lowest(scores: np.ndarray, good: np.ndarray, precision: float) -> float | None:
+    """The lowest of the scores above which the calibrated share of good ones is at least `precision`."""
+    order = np.argsort(-scores, kind="stable")
+    share = np.cumsum(calibrated(scores, good)[order]) / np.arange(1, len(scores) + 1)
+    last = np.append(np.diff(scores[order]) != 0, True)  # of equal scores all clear a threshold or none
+    reached = np.flatnonzero(last & (share >= precision))
+    return float(scores[order][reached[-1]]) if len(reached) else None
+
+
+def calibrated(scores: np.ndarray, good: np.ndarray) -> np.ndarray:
+    """The probability that a sample with such a score is good, float64 [n], fitted on all of them."""
+    if _calibrator(len(scores)) == "isotonic":
+        from sklearn.isotonic import IsotonicRegression
+
+        fitted: np.ndarray = IsotonicRegression(y_min=0, y_max=1).fit_transform(scores, good.astype(float))
+        return fitted
+    from sklearn.linear_model import LogisticRegression
+
+    clipped = np.clip(scores, EDGE, 1 - EDGE)
+    logits = np.log(clipped / (1 - clipped))[:, None]
+    curve = LogisticRegression(C=100.0).fit(logits, good)
+    return np.asarray(curve.predict_proba(logits)[:, 1])
+
+
+def _calibrator(labels: int) -> str:
+    return "isotonic" if labels >= ISOTONIC else "Platt"

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from models.multimodal import MultimodalRef
+from stages.actor import run_stage
+from stages.batch import Batch, load_json, texts
+from stages.judge import JudgeQuality
+from stages.rubric import load_rubric
+from stages.screen import ScreenQuality
+
+COUNT = 12
+
+
+def batch(num_frames: int = 9) -> Batch:
+    coarse = np.random.default_rng(0).integers(0, 256, (COUNT, num_frames, 4, 4, 3), dtype=np.uint8)
+    return {
+        "sample_id": texts([f"{at:032x}" for at in range(COUNT)]),
+        "prompt": texts([f"a red circle, number {at}" for at in range(COUNT)]),
+        "frames": coarse.repeat(16, axis=2).repeat(16, axis=3),
+        "verdict": texts(["accepted"] * COUNT),
+        **{name: texts([""] * COUNT) for name in ("scores", "reasons", "error", "error_type", "error_stage")},
+    }
+
+
+def scores(out: Batch) -> list[dict[str, float]]:
+    return [{item["name"]: item["value"] for item in row} for row in load_json(out["scores"])]
+
+
+@pytest.fixture
+def screen(tiny_pack):
+    return ScreenQuality(load_rubric("default"), MultimodalRef(str(tiny_pack / "judge")), num_frames=2)
+
+
+@pytest.fixture
+def judge(screen):
+    return JudgeQuality(screen.rubric, screen.model, num_frames=8)
+
+
+def test_cascade_is_the_judge_where_the_screen_is_not_sure(screen, judge):
+    """A band in which all samples fall changes no verdict, no reason and no answer of the judge."""
+    alone, _ = run_stage(judge, batch())
+    wide = replace(screen, reject=0.0)
+    first, _ = run_stage(wide, batch())
+    both, _ = run_stage(replace(judge, screen=wide), first)
+    assert list(both["verdict"]) == list(alone["verdict"])
+    assert list(both["reasons"]) == list(alone["reasons"])
+    for one, other in zip(scores(both), scores(alone), strict=True):
+        assert {name: one[name] for name in other} == pytest.approx(other, abs=1e-5)
+        assert set(one) - set(other) == {"screen_prompt_match", "screen_no_artefacts", "screen_motion_smooth"}
+
+
+def test_cascade_asks_the_judge_of_the_undecided_alone(screen, judge):
+    """With a band in the middle of the answers: below it rejected, above it accepted, in it what the judge says."""
+    first, _ = run_stage(replace(screen, reject=0.0), batch())
+    answers = [list(row.values()) for row in scores(first)]
+    low = float(np.quantile([min(row) for row in answers], 0.4))
+    high = float(np.quantile([min(row) for row in answers], 0.7))
+    sure = replace(screen, reject=low, accept=high)
+    out, _ = run_stage(sure, batch())
+    out, _ = run_stage(replace(judge, screen=sure), out)
+    alone, _ = run_stage(judge, batch())
+    tiers = {"rejected": 0, "accepted": 0, "judged": 0}
+    for at, (row, costs) in enumerate(zip(scores(out), load_json(out["cost"]), strict=True)):
+        worst = min(answers[at])
+        if worst < low or worst >= high:
+            tier = "rejected" if worst < low else "accepted"
+            assert out["verdict"][at] == tier and set(row) == {name for name in row if name.startswith("screen_")}
+            assert [cost["stage"] for cost in costs] == ["screen"], "the judge is not paid for what it was not asked"
+        else:
+            tier = "judged"
+            assert out["verdict"][at] == alone["verdict"][at]
+            assert [cost["stage"] for cost in costs] == ["screen", "judge"]
+        tiers[tier] += 1
+    assert min(tiers.values()) >= 2, tiers
+    (reason, *_) = load_json(out["reasons"])[int(np.argmin([min(row) for row in answers]))]
+    assert reason.startswith("screen_") and reason.endswith(f"< {low:g}")
+
+
+def test_known_answers_settle_without_a_model(screen, judge):
+    both = replace(judge, screen=replace(screen, reject=0.2, accept=0.9))
+    sure = {"screen_prompt_match": 0.95, "screen_no_artefacts": 0.9, "screen_motion_smooth": 0.99}
+    judged = {"prompt_match": 0.6, "no_artefacts": 0.4, "motion_smooth": 0.8}
+    assert both.settle(sure, 9) == ("accepted", [])
+    assert both.settle(sure | {"screen_no_artefacts": 0.1}, 9) == ("rejected", ["screen_no_artefacts 0.10 < 0.2"])
+    undecided = sure | {"screen_no_artefacts": 0.5}
+    assert both.settle(undecided, 9) is None
+    assert both.settle(undecided | judged, 9) == ("rejected", ["no_artefacts 0.40 < 0.5"])
+    assert both.settle({name: sure[name] for name in list(sure)[:2]}, 9) is None
+    assert both.settle({name: sure[name] for name in list(sure)[:2]}, 1) == ("accepted", []), "an image does not move"
+    assert both.settle({}, 9) is None
+
+
+def test_screen_that_answers_no_number_leaves_it_to_the_judge(screen, monkeypatch):
+    """NaN is no answer: the sample is neither rejected nor accepted by it."""
+    import stages.screen
+
+    answers = {name: np.full(COUNT, np.nan) for name in ("prompt_match", "no_artefacts", "motion_smooth")}
+    monkeypatch.setattr(stages.screen, "ask", lambda *_: answers)
+    out = replace(screen, accept=0.5)(batch())
+    assert scores(out) == [{}] * COUNT
+    assert set(out["verdict"]) == {"accepted"}
+    assert screen.settle({}, 9) is None and replace(screen, accept=0.5).settle({}, 9) is None
