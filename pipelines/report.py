@@ -22,7 +22,7 @@ from pipelines import charts
 from pipelines.contact_sheet import sheet_of
 from pipelines.decisions import read_decisions
 from pipelines.gallery import Tile, clamp, gallery
-from pipelines.report_data import MEDIA_SCORES, Facts, Snapshot, read_facts
+from pipelines.report_data import AFTER_MEDIA, MEDIA_SCORES, Facts, Snapshot, read_facts
 from pipelines.run_log import Run, Threshold, thresholds
 
 MAX_SAMPLES = 500
@@ -153,18 +153,19 @@ def render(facts: Facts, tiles: Sequence[Tile], title: str, key: str, refresh: i
 
 
 def funnel_steps(facts: Facts) -> tuple[charts.Step, ...]:
-    """Planned, generated, passed ScoreMedia, judged, accepted, then what failed, by its kind."""
+    """Planned, generated, passed ScoreMedia, screened, judged, accepted, then what failed, by its kind."""
     made = facts.generated + sum(
-        failure.count for failure in facts.failures if failure.stage in ("score", "judge", "caption", "write")
+        failure.count for failure in facts.failures if failure.stage in ("score", *AFTER_MEDIA)
     )
     steps = [charts.Step("planned", facts.planned)]
     steps.append(charts.Step("generated", made, note=_share(made, facts.planned)))
     steps.append(charts.Step("passed ScoreMedia", facts.passed, note=_share(facts.passed, made)))
+    if facts.screened:
+        steps.append(charts.Step("screened", facts.screened, note=_share(facts.screened, facts.passed)))
     if facts.judged:
         steps.append(charts.Step("judged", facts.judged, note=_share(facts.judged, facts.passed)))
-    steps.append(
-        charts.Step("accepted", facts.accepted, "accepted", _share(facts.accepted, facts.judged or facts.passed))
-    )
+    seen = facts.screened or facts.judged or facts.passed  # a screen may accept without the judge
+    steps.append(charts.Step("accepted", facts.accepted, "accepted", _share(facts.accepted, seen)))
     kinds: dict[str, int] = {}
     for failure in facts.failures:
         kinds[failure.error_type] = kinds.get(failure.error_type, 0) + failure.count

@@ -21,15 +21,16 @@ from infra.tables import Table
 from pipelines.decisions import Decision
 from pipelines.run_log import Run, read_runs
 from stages.score import MEASURED
+from stages.screen import PREFIX
 
 VERDICTS = ("accepted", "rejected")
 SPREAD_LIMIT = 100_000
 """Histograms and throughput are drawn from at most this many samples, evenly spread over the table."""
 
 MEDIA_SCORES = frozenset(MEASURED)
-"""Scores of ScoreMedia: a sample with any other score was seen by the judge."""
+"""Scores of ScoreMedia: a sample with any other score was seen by the judge or its screen."""
 
-AFTER_MEDIA = ("judge", "caption", "write")
+AFTER_MEDIA = ("screen", "judge", "caption", "write")
 """Stages that only samples reach which passed ScoreMedia."""
 
 COUNTED = ("sample_id", "run_id", "verdict", "reasons", "scores", "cost", "created_at")
@@ -67,6 +68,8 @@ class Facts:
     generated: int
     passed: int
     """Samples that ScoreMedia let through."""
+    screened: int
+    """Samples with a score that only a screen gives; 0 where there was none."""
     judged: int
     """Samples with a score that only a judge gives; 0 where there was no judge."""
     accepted: int
@@ -164,6 +167,7 @@ def read_facts(snapshot: Snapshot, decisions: Mapping[str, Decision]) -> Facts:
         planned=max([total + len(failed), *(run.planned_through for run in runs)]),
         generated=accepted + rejected,
         passed=tally.passed + late,
+        screened=tally.screened,
         judged=tally.judged,
         accepted=accepted,
         rejected=rejected,
@@ -189,7 +193,7 @@ class _Tally:
         self.decided = pa.array(list(decisions), pa.string())
         self.failed = failed
         self.stride = stride
-        self.withdrawn = self.judged = self.passed = 0
+        self.withdrawn = self.screened = self.judged = self.passed = 0
         self.positions: dict[str, list[np.ndarray]] = {verdict: [] for verdict in VERDICTS}
         self.reasons: Counter[str] = Counter()
         self.costs: dict[str, np.ndarray] = {}
@@ -205,9 +209,10 @@ class _Tally:
         self.withdrawn += int(hidden.sum())
         for verdict in VERDICTS:
             self.positions[verdict].append(start + np.flatnonzero(seen & (verdicts == verdict)))
-        judged = _judged(batch["scores"])
+        screened, judged = _seen_by(batch["scores"])
+        self.screened += int((screened & seen).sum())
         self.judged += int((judged & seen).sum())
-        self.passed += int(((judged | (verdicts == "accepted")) & seen).sum())
+        self.passed += int(((screened | judged | (verdicts == "accepted")) & seen).sum())
         rejected = batch.filter(pa.array(seen & ~redecided & (verdicts == "rejected")))
         self.reasons.update(reason_kind(reason) for reason in pc.list_flatten(rejected["reasons"]).to_pylist())
         self._add_costs(batch)
@@ -274,12 +279,18 @@ def reason_kind(reason: str) -> str:
     return " ".join(words[:measured] + words[measured + 1 :]) or reason
 
 
-def _judged(scores: pa.Array) -> np.ndarray:
-    flags = np.zeros(len(scores), dtype=bool)
+def _seen_by(scores: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Which samples have a score of the screen, and which one of the judge, bool [n]."""
     names = pc.struct_field(pc.list_flatten(scores), "name")
-    other = pc.invert(pc.is_in(names, pa.array(sorted(MEDIA_SCORES), pa.string())))
-    flags[pc.list_parent_indices(scores).filter(other).to_numpy(zero_copy_only=False)] = True
-    return flags
+    owners = pc.list_parent_indices(scores)
+    by_screen = pc.starts_with(names, PREFIX)
+    by_judge = pc.invert(pc.or_(by_screen, pc.is_in(names, pa.array(sorted(MEDIA_SCORES), pa.string()))))
+    found = []
+    for mine in (by_screen, by_judge):
+        flags = np.zeros(len(scores), dtype=bool)
+        flags[owners.filter(mine).to_numpy(zero_copy_only=False)] = True
+        found.append(flags)
+    return found[0], found[1]
 
 
 def _by_verdict(table: pa.Table, key: str) -> dict[str, Split]:

@@ -51,7 +51,7 @@ def check_spec(spec: Spec) -> None:
         spec = absolute_paths(spec)
         storage_of(spec)
         sampler_plan(spec)
-        check_thresholds(load_rubric(spec.judge.rubric), spec.judge.thresholds)
+        check_thresholds(load_rubric(spec.judge.rubric), spec.judge.bars)
     except UserError as error:
         one_line(error, 40)
 

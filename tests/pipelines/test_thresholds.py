@@ -15,8 +15,11 @@ from infra.errors import UserError
 from infra.schema import SAMPLES
 from infra.tables import Table
 from pipelines.annotate import label, rejudge
-from pipelines.decisions import read_decisions
+from pipelines.annotate_stored import Judging
+from pipelines.decisions import NONE, read_decisions
 from pipelines.operating_point import by_precision, by_share
+from pipelines.report import funnel_steps
+from pipelines.report_data import Snapshot, read_facts
 from pipelines.resolve import Resolved
 from pipelines.run import commit_run_row
 from pipelines.thresholds import find_thresholds
@@ -186,3 +189,53 @@ def test_overall_is_the_weighted_mean(generated: Callable[..., Resolved]) -> Non
     assert run.rubric.overall(found) == pytest.approx((2 * 0.9 + 0.2 + 0.3) / 4)
     assert judge.decide(found) == ("rejected", ["overall 0.57 < 0.6"])  # type: ignore[attr-defined]
     assert judge.decide({**found, "motion_smooth": 0.5})[0] == "accepted"  # type: ignore[attr-defined]
+
+
+# ---- a judge behind a screen
+
+SCREEN = {"model": "pack://tiny", "num_frames": 2, "reject": 0.2, "accept": 0.9}
+
+
+def test_what_a_row_says_of_its_judges(generated: Callable[..., Resolved]) -> None:
+    plain, screened = generated(), generated(judge={"screen": SCREEN})
+    assert [stage.name for stage in screened.scoring()] == ["score", "screen", "judge"]
+    assert screened.judge_name == f"{plain.judge_name}, then {plain.judge_name}"
+    assert screened.asked != plain.asked
+    stricter = generated(judge={"screen": SCREEN | {"reject": 0.3}})
+    assert (stricter.asked, stricter.judge_name) == (screened.asked, screened.judge_name), "the same was asked"
+    assert stricter.rubric_id != screened.rubric_id, "and it is decided otherwise"
+    assert generated(judge={"screen": SCREEN | {"num_frames": 3}}).asked != screened.asked
+
+
+def test_known_answers_of_both_tiers_decide_again(generated: Callable[..., Resolved]) -> None:
+    """Rows that a screened run left, and a stricter screen: none of them is asked again but the one that lacks an answer."""
+    run = generated(judge={"screen": SCREEN})
+    first = {f"screen_{name}": value for name, value in answer(0.95).items()}
+    sure = first | {"screen_no_artefacts": 0.95, "screen_motion_smooth": 0.95}
+    rows = [
+        (sure, "accepted"),
+        (first | {"screen_no_artefacts": 0.05}, "rejected"),
+        (first | answer(0.1), "rejected"),
+        (first | answer(0.8), "accepted"),
+        (first | {"screen_no_artefacts": 0.25} | answer(0.8), "rejected"),  # by the stricter screen
+        (first, None),
+    ]
+    ids = add_samples(run, [scores for scores, _ in rows])
+    work = Judging(generated(judge={"screen": SCREEN | {"reject": 0.3}}))
+    stored = {row["sample_id"]: row for row in Table(run.storage, "samples").read().to_pylist()}
+    for sample_id, (_, expected) in zip(ids, rows, strict=True):
+        row = stored[sample_id] | {"verdict": "", "reasons": []}
+        said = work.without_model(row, NONE)
+        assert (said and said[0]["value"]) == expected
+    assert [stage.name for stage in work.stages()] == ["screen", "judge"]
+
+
+def test_funnel_tells_what_each_tier_saw(generated: Callable[..., Resolved]) -> None:
+    run = generated(judge={"screen": SCREEN})
+    before = Table(run.storage, "samples").dataset().count_rows()
+    first = {f"screen_{name}": value for name, value in answer(0.95).items()}
+    add_samples(run, [first] * 3 + [first | answer(0.8)] * 2 + [{}])
+    facts = read_facts(Snapshot(run.storage), {})
+    assert (facts.screened, facts.judged) == (5, before + 2)
+    names = [step.name for step in funnel_steps(facts)]
+    assert names[:6] == ["planned", "generated", "passed ScoreMedia", "screened", "judged", "accepted"]
