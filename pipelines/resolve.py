@@ -28,7 +28,7 @@ from models.viewer import ViewerRef
 from pipelines.identity import generator_id
 from pipelines.operating_point import OperatingPoint
 from pipelines.spec import Spec, absolute_paths
-from pipelines.viewers import Viewer
+from pipelines.viewers import Judge, Viewer
 from stages.batch import Stage
 from stages.caption import CaptionMedia
 from stages.expand import ExpandPrompts
@@ -82,7 +82,7 @@ class Resolved:
         screen = None
         if spec.judge.screen is not None and self.screen is not None:
             screen = ScreenQuality(
-                rubric=self.rubric,
+                rubric=self.rubric.only(spec.judge.screen.questions),
                 model=self.screen,
                 reject=spec.judge.screen.reject,
                 accept=spec.judge.screen.accept,
@@ -145,6 +145,8 @@ class Resolved:
         for tier in (judge, judge.screen):
             if tier is not None:
                 shown += f"/{tier.num_frames}" + (f"/{tier.token_drop}" if tier.token_drop else "")
+        if judge.screen is not None and judge.screen.questions:
+            shown += f"/{self.rubric.only(judge.screen.questions).questions_sha256}"
         return f"{self.rubric.name}@{hashlib.sha256(shown.encode()).hexdigest()[:12]}"
 
     @property
@@ -208,6 +210,16 @@ def _viewer(name: str, section: Viewer | None, storage: Storage) -> ViewerRef | 
     )
 
 
+def _check_screen(rubric: Rubric, judge: Judge) -> None:
+    """Refuse a screen that is asked what the rubric does not have."""
+    names = [question.name for question in rubric.questions]
+    for name in judge.screen.questions if judge.screen is not None else ():
+        if name not in names:
+            raise UserError(
+                f"judge.screen.questions: rubric {rubric.name} has no question {name}; it has {', '.join(names)}"
+            )
+
+
 def _check_oracle(rubric: Rubric) -> None:
     """Refuse a rubric that asks what the oracle does not mark."""
     others = [question.name for question in rubric.questions if question.name not in marks.QUESTIONS]
@@ -225,6 +237,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
     rubric = load_rubric(spec.judge.rubric)
     if spec.judge.backend in ("transformers", "openai", "oracle"):
         check_thresholds(rubric, spec.judge.bars)
+        _check_screen(rubric, spec.judge)
     if spec.judge.backend == "oracle":
         _check_oracle(rubric)
     plan = sampler_plan(spec)

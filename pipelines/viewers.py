@@ -143,6 +143,7 @@ class Screen(Viewer):
         "transformers", description="transformers in process; openai: a server that speaks the OpenAI API."
     )
     num_frames: int = Field(4, ge=1, description="Frames shown to it, evenly spaced.")
+    questions: tuple[str, ...] = Field((), description="Names of the rubric's questions that it is asked; none, all.")
     reject: float = Field(
         0.1, ge=0, le=1, description="A sample with an answer below this is rejected, without asking the judge."
     )

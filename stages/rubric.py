@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
@@ -97,6 +97,10 @@ class Rubric(BaseModel):
     def thresholds(self, overrides: dict[str, float] | None = None) -> dict[str, float]:
         """Least P(yes) for each question, the spec's `judge.thresholds` replacing the rubric's own."""
         return {question.name: question.threshold for question in self.questions} | (overrides or {})
+
+    def only(self, names: Sequence[str]) -> Rubric:
+        """The rubric with some of its questions; none of `names` means all."""
+        return self.model_copy(update={"questions": tuple(q for q in self.questions if not names or q.name in names)})
 
     def overall(self, answers: Mapping[str, float]) -> float:
         """The weighted mean of the answers to this rubric's questions; NaN where there are none."""

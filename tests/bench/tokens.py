@@ -27,9 +27,6 @@ from models.source import resolve
 from models.token_drop import read_tokens
 
 FRAMES = 8
-"""Shown of each clip; half as many are another way to read half of the tokens."""
-
-FRAMES = 8
 """Shown of each clip; showing half as many is the other way to read half of the tokens."""
 
 HALF, POINTS = 0.5, 1.0

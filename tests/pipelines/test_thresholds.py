@@ -205,6 +205,13 @@ def test_what_a_row_says_of_its_judges(generated: Callable[..., Resolved]) -> No
     assert (stricter.asked, stricter.judge_name) == (screened.asked, screened.judge_name), "the same was asked"
     assert stricter.rubric_id != screened.rubric_id, "and it is decided otherwise"
     assert generated(judge={"screen": SCREEN | {"num_frames": 3}}).asked != screened.asked
+    fewer = generated(judge={"screen": SCREEN | {"questions": ["prompt_match"]}})
+    assert fewer.asked != screened.asked
+    assert [question.name for question in fewer.scoring()[1].rubric.questions] == ["prompt_match"]  # type: ignore[attr-defined]
+    with pytest.raises(
+        UserError, match=r"judge.screen.questions: rubric default has no question beauty; it has prompt"
+    ):
+        generated(judge={"screen": SCREEN | {"questions": ["beauty"]}})
 
 
 def test_known_answers_of_both_tiers_decide_again(generated: Callable[..., Resolved]) -> None:
