@@ -30,7 +30,7 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
     from pipelines.graph import worker_env
     from pipelines.resolve import resolve_spec
     from pipelines.run import check_dataset, open_dataset
-    from pipelines.thresholds import find_thresholds
+    from pipelines.thresholds import find_thresholds, told
     from stages.batch import WorldFault
 
     configure()
@@ -40,8 +40,8 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
         check_dataset(resolved)
         now = find_thresholds(resolved)
         found = difference(now)
-    for point in now.points:
-        shown.say(str(point))
+    for line in told(now):
+        shown.say(line)
     for line in found.lines(resolved.storage.root):
         shown.say(line)
     if found.nothing_to_do and not (retry_failed and found.failed):

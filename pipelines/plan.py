@@ -20,7 +20,6 @@ from pipelines import calibrate as calibration
 from pipelines.calibrate import Calibration
 from pipelines.dedup import RecordReport
 from pipelines.differences import Difference, difference
-from pipelines.operating_point import OperatingPoint
 from pipelines.placement import Group
 from pipelines.records import unique_records
 from pipelines.resolve import resolve_spec, sampler_plan
@@ -58,7 +57,8 @@ class PlanReport:
     missing: tuple[str, ...]
     estimate: Estimate | None
     warnings: tuple[str, ...] = ()
-    points: tuple[OperatingPoint, ...] = ()
+    thresholds: tuple[str, ...] = ()
+    """Of those that are found from data, what was found."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -83,7 +83,7 @@ class PlanReport:
             "licences": {model: asdict(licence) for model, licence in self.licences.items()},
             "missing_models": list(self.missing),
             "warnings": list(self.warnings),
-            "thresholds": [asdict(point) for point in self.points],
+            "thresholds": list(self.thresholds),
             "estimate": None if self.estimate is None else asdict(self.estimate),
         }
 
@@ -168,7 +168,7 @@ def render(plan: PlanReport, name: str) -> str:
         lines.append(
             f"  licence of {model}: {licence.name}; may outputs train others? {licence.may_train} ({licence.why})"
         )
-    lines += [f"  {point}" for point in plan.points]
+    lines += [f"  {line}" for line in plan.thresholds]
     lines += [f"  warning: {warning}" for warning in plan.warnings]
     if plan.missing:
         lines.append(f"  not on this machine, so no estimate: {', '.join(plan.missing)}; `ditmill run` fetches them")

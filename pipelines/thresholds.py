@@ -55,6 +55,16 @@ def find_thresholds(run: Resolved) -> Resolved:
     return replace(run, spec=run.spec.model_copy(update={"judge": judge}), points=tuple(points))
 
 
+def told(run: Resolved) -> list[str]:
+    """A line for each threshold that was found, or that lets everything pass for now."""
+    lines = [str(point) for point in run.points]
+    for name, bar in run.spec.judge.thresholds.items():
+        if isinstance(bar, Bar):
+            when = f"once {bar.first} samples are answered, by the next run" if bar.first else "by each release"
+            lines.append(f"judge.thresholds.{name}: {bar} will be found {when}; until then everything passes it")
+    return lines
+
+
 def _by_labels(run: Resolved, name: str, bar: Bar) -> OperatingPoint:
     assert bar.precision is not None
     key = f"judge.thresholds.{name}"

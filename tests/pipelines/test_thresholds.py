@@ -22,7 +22,7 @@ from pipelines.report import funnel_steps
 from pipelines.report_data import Snapshot, read_facts
 from pipelines.resolve import Resolved
 from pipelines.run import commit_run_row
-from pipelines.thresholds import find_thresholds
+from pipelines.thresholds import find_thresholds, told
 
 OTHERS = {"no_artefacts": 0.0, "motion_smooth": 0.0}
 
@@ -157,6 +157,7 @@ def test_share_of_the_first_samples_is_found_once_and_stays(generated: Callable[
     run = generated(judge=spec)
     assert find_thresholds(run) is run, "six samples are not twenty"
     assert run.scoring()[-1].bars()["prompt_match"] == 0.0, "until then everything passes"  # type: ignore[attr-defined]
+    assert "found once 20 samples are answered, by the next run; until then everything passes it" in told(run)[0]
     add_samples(run, [answer(at / 100) for at in range(14)])
     own = [
         item["value"]
@@ -180,6 +181,10 @@ def test_share_of_the_first_samples_is_found_once_and_stays(generated: Callable[
 def test_share_without_first_is_left_to_releases(generated: Callable[..., Resolved]) -> None:
     run = generated(judge={"thresholds": {"overall": {"keep": 0.5}}})
     assert find_thresholds(run) is run
+    (line,) = told(run)
+    assert (
+        line == "judge.thresholds.overall: the best 0.5 will be found by each release; until then everything passes it"
+    )
 
 
 def test_overall_is_the_weighted_mean(generated: Callable[..., Resolved]) -> None:
