@@ -114,7 +114,7 @@ def make_plan(spec: Spec, calibrate: bool = True) -> PlanReport:
         estimate = None if measured is None else _estimate(found.new, run.spec.layout.batch_size, groups, measured)
     warnings = tuple(unknown_lines(run, _first_prompts(spec)))
     return PlanReport(
-        spec, records, found.planned, found, groups, dict(run.licences), (), estimate, warnings, run.points
+        spec, records, found.planned, found, groups, dict(run.licences), (), estimate, warnings, tuple(told(run))
     )
 
 
