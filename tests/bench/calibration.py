@@ -1,6 +1,6 @@
 """Whether the judge's probabilities hold on clips that it did not learn from, and what choosing by them does.
 
-    ditmill bench calibration [--samples 160] [--prompts 40] [--keep out/calibration] [--plot calibration.png]
+    ditmill bench calibration [--samples 96] [--prompts 32] [--keep out/calibration] [--plot calibration.png]
 
 Right is what the oracle says. Each source of clips differs from `trained` in one thing: `held-out` in prompts of combinations
 of attributes that no training showed, the next three in the plan, the others in having no generator. Each clip is asked
@@ -30,11 +30,11 @@ import numpy as np
 from models.pack.oracle import match
 from models.pack.train.judge_exam import auroc
 from models.plan import SamplerPlan
+from pipelines.operating_point import LEAST, by_precision
 from pipelines.sections import PACK_GUIDANCE
 from tests.bench.support.calibrated import (
     best_of,
     bins,
-    brier,
     calibration_error,
     error_by_chance,
     error_interval,
@@ -58,6 +58,7 @@ PLANS = {
 EACH = 8
 OWN, ELSEWHERE, GAIN, LOSS = 0.97, 0.93, 0.7, 5.0
 """To reach: AUROC on the pack's generator and elsewhere, the oracle's gain by the judge's claim, percent of coverage lost."""
+PRECISION = 0.95
 WORST = 32
 
 
@@ -80,6 +81,7 @@ def main() -> None:
     figures += [
         *blind([sources["rendered"], sources["rendered held-out"]]),
         *mended(sources),
+        *carried(sources),
         *chosen(many),
         *coverage([sources["trained"], sources["held-out"], many]),
     ]
@@ -107,7 +109,7 @@ def source(name: str, clips: JudgedClips) -> Iterator[Figure]:
     yield error(name, "calibration error, own prompts", own, right)
     yield Figure(name, "the same of a calibrated judge, by chance", error_by_chance(own), len(own))
     yield error(name, "calibration error, own and altered prompts", both, both_right)
-    yield resampled(name, "Brier score, own prompts", brier, own, right)
+    yield resampled(name, "Brier score, own prompts", lambda p, r: float(np.square(p - r).mean()), own, right)
 
 
 def error(part: str, name: str, p_yes: np.ndarray, right: np.ndarray) -> Figure:
@@ -137,13 +139,29 @@ def mended(sources: dict[str, JudgedClips]) -> Iterator[Figure]:
         kind = fit.__name__
         for name, clips in sources.items():
             own, right = clips.p_yes[:, 0], clips.marks[:, 0]
-            if right.all():
+            if not all(0 < half.sum() < len(half) for half in (right[::2], right[1::2])):
                 continue
             halves = from_other_half(fit, own, right)
             yield error(kind, f"calibration error, {name}, by the other half", halves, right)
             if clips is not first:
                 mapped = fit(first.p_yes[:, 0], first.marks[:, 0])(own)
                 yield error(kind, f"calibration error, {name}, by trained", mapped, right)
+
+
+def carried(sources: dict[str, JudgedClips]) -> Iterator[Figure]:
+    """What `judge.thresholds: {precision: ...}` finds on trained, on each source."""
+    first = sources["trained"]
+    scores, right = first.p_yes[:, 0].astype(float), first.marks[:, 0]
+    enough = min(right.sum(), (~right).sum()) >= LEAST
+    point = by_precision("prompt_match", "", scores, right, PRECISION) if enough else None
+    if point is None:
+        yield Figure("threshold", f"of precision {PRECISION:g}, on trained", None, note="there is none")
+        return
+    yield Figure("threshold", f"of precision {PRECISION:g}, on trained", point.threshold, point.samples)
+    for name, clips in sources.items():
+        clear, right = clips.p_yes[:, 0] >= point.threshold, clips.marks[:, 0]
+        yield share("threshold", f"{name}: right of those that clear it", int(right[clear].sum()), int(clear.sum()))
+        yield share("threshold", f"{name}: clear it, of those right", int(clear[right].sum()), int(right.sum()))
 
 
 def chosen(many: JudgedClips) -> Iterator[Figure]:
@@ -154,9 +172,17 @@ def chosen(many: JudgedClips) -> Iterator[Figure]:
         yield resampled(part, f"{name}: mean of all, oracle", lambda t: float(t.mean()), truth)
         yield resampled(part, f"{name}: the judge's gain", lambda s, t: best_of(s, t, EACH).claimed, scores, truth)
         yield resampled(part, f"{name}: the oracle's gain", lambda s, t: best_of(s, t, EACH).true, scores, truth)
+        yield resampled(part, f"{name}: AUROC within a prompt", within, scores, truth)
         most = best_of(truth, truth, EACH).true
         yield Figure(part, f"{name}: most that the oracle could gain", most, len(truth))
         yield resampled(part, f"{name}: oracle's by judge's", _ratio, scores, truth, target=GAIN)
+
+
+def within(scores: np.ndarray, truth: np.ndarray) -> float:
+    """The chance that of a prompt's samples a better one is given more than a worse one; both are [prompts, samples]."""
+    better = truth[:, :, None] > truth[:, None, :]
+    more = np.sign(scores[:, :, None] - scores[:, None, :]) / 2 + 0.5
+    return float(more[better].mean()) if better.any() else float("nan")
 
 
 def _ratio(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -233,7 +259,7 @@ def plot(sources: dict[str, JudgedClips], many: JudgedClips, path: Path) -> None
     left.plot([0, 1], [0, 1], color="grey", linewidth=1)
     for name, clips in sources.items():
         own, marks = clips.p_yes[:, 0], clips.marks[:, 0]
-        if not marks.all():
+        if not marks.all():  # of renderings all are right
             means = [(own[part].mean(), marks[part].mean()) for part in bins(own)]
             left.plot(*zip(*means, strict=True), marker="o", markersize=3, linewidth=1, label=name)
     left.set(title="prompt_match, own prompts", xlabel="P(yes) of the judge", ylabel="share right by the oracle")
@@ -261,8 +287,8 @@ def _say(text: str) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=160, help="clips of each source")
-    parser.add_argument("--prompts", type=int, default=40, help="of which the best of 8 samples is chosen")
+    parser.add_argument("--samples", type=int, default=96, help="clips of each source")
+    parser.add_argument("--prompts", type=int, default=32, help="of which the best of 8 samples is chosen")
     parser.add_argument("--model", type=Path, help="another judge: a folder")
     parser.add_argument("--keep", type=Path, help="keep clips and answers in this folder, and take what is there")
     parser.add_argument("--plot", type=Path, help="draw reliability and gains into this PNG")

@@ -12,7 +12,6 @@ from models.pack.grammar import Figure, Scene, Shot
 from models.pack.train.loop import stream
 from tests.bench.support.calibrated import (
     best_of,
-    brier,
     calibration_error,
     error_by_chance,
     from_other_half,
@@ -30,7 +29,6 @@ def test_calibration_error_is_the_mean_distance_of_the_bins() -> None:
     right = np.tile([True, False, True, False], 10)  # half of each bin
     assert calibration_error(p_yes, right) == pytest.approx(0.25)
     assert calibration_error(right.astype(float), right) == 0.0
-    assert brier(p_yes, right) == pytest.approx(np.mean(0.25 + (np.linspace(0.05, 0.95, 10) - 0.5) ** 2))
 
 
 def test_a_calibrated_judge_errs_by_chance_as_the_binomial_says() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from models.pack.grammar import ATTRIBUTES, Scene, Shot
 from models.pack.train.loop import stream
+from pipelines.operating_point import EDGE
 
 BINS = 10
 Mapping = Callable[[np.ndarray], np.ndarray]
@@ -42,35 +43,19 @@ def error_by_chance(p_yes: np.ndarray, draws: int = 300, seed: int = 0) -> float
     return float(np.mean([calibration_error(p_yes, rng.random(len(p_yes)) < p_yes) for _ in range(draws)]))
 
 
-def brier(p_yes: np.ndarray, right: np.ndarray) -> float:
-    """Mean squared distance of P(yes) from 1 where it is right, from 0 where it is not."""
-    return float(np.square(p_yes - right).mean())
-
-
 def platt(p_yes: np.ndarray, right: np.ndarray) -> Mapping:
-    """A logistic function of P(yes)'s logit, fitted to softened labels (Platt 1999)."""
-    from scipy.optimize import minimize
-    from scipy.special import expit
+    """A logistic curve over P(yes)'s logit (Platt 1999)."""
+    from sklearn.linear_model import LogisticRegression
 
-    good = right.sum()
-    labels = np.where(right, (good + 1) / (good + 2), 1 / (len(right) - good + 2))
-    logits = _logits(p_yes)
-
-    def loss(line: np.ndarray) -> float:
-        z = line[0] * logits + line[1]
-        return float((np.logaddexp(0, z) - labels * z).sum())
-
-    slope, offset = minimize(loss, (1.0, 0.0)).x
-    return lambda other: np.asarray(expit(slope * _logits(other) + offset))
+    curve = LogisticRegression(C=100.0).fit(_logits(p_yes), right)
+    return lambda other: np.asarray(curve.predict_proba(_logits(other))[:, 1])
 
 
 def isotonic(p_yes: np.ndarray, right: np.ndarray) -> Mapping:
-    """The rising step function that is nearest to the labels, straight lines between."""
-    from scipy.optimize import isotonic_regression
+    """The rising step function that is nearest to the labels (Zadrozny and Elkan 2002), straight lines between."""
+    from sklearn.isotonic import IsotonicRegression
 
-    order = np.argsort(p_yes, kind="stable")
-    fitted = isotonic_regression(right[order].astype(float)).x
-    return lambda other: np.interp(other, p_yes[order], fitted)
+    return IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(p_yes, right.astype(float)).predict
 
 
 def from_other_half(
@@ -143,5 +128,5 @@ def lost(shown: Sequence[set[tuple[str, ...]]], kept: np.ndarray, draws: int = 1
 
 
 def _logits(p_yes: np.ndarray) -> np.ndarray:
-    clipped = np.clip(p_yes.astype(float), 1e-6, 1 - 1e-6)
-    return np.asarray(np.log(clipped / (1 - clipped)))
+    clipped = np.clip(p_yes.astype(float), EDGE, 1 - EDGE)
+    return np.log(clipped / (1 - clipped))[:, None]
