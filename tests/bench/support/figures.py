@@ -64,7 +64,8 @@ def resampled(
 
 def table(figures: Sequence[Figure]) -> str:
     """One line a figure, those of one part together."""
-    lines = [f"{'':60}{'measured':>12}  {'95% interval':16}{'n':>6}   target"]
+    wide = max([10, *(len(each.part) for each in figures)]) + 1
+    lines = [f"{'':{wide + 49}}{'measured':>12}  {'95% interval':16}{'n':>6}   target"]
     before = ""
     for each in figures:
         part = each.part if each.part != before else ""
@@ -73,7 +74,9 @@ def table(figures: Sequence[Figure]) -> str:
         value = each.note or "-" if each.value is None else f"{_number(each.value)}{each.unit and ' ' + each.unit}"
         goal = "" if each.target is None else f"{each.sense} {_number(each.target)}"
         verdict = {None: "", True: ": met", False: ": MISSED"}[each.met]
-        lines.append(f"{part:11}{each.name:49}{value:>12}  {interval:16}{each.n or '':>6}   {goal}{verdict}".rstrip())
+        lines.append(
+            f"{part:{wide}}{each.name:49}{value:>12}  {interval:16}{each.n or '':>6}   {goal}{verdict}".rstrip()
+        )
     return "\n".join(lines)
 
 

@@ -46,11 +46,13 @@ VALUES: dict[str, tuple[Any, ...]] = {"shape": SHAPES, "colour": COLOURS, "size"
 
 @dataclass(frozen=True)
 class Asked:
-    """Held-out scenes with a prompt for each, `num_frames` of them to be seen."""
+    """Scenes with a prompt for each, `num_frames` of them to be seen; `indices` number the samples of a prompt, all 0 if
+    left out."""
 
     scenes: tuple[Scene, ...]
     prompts: tuple[str, ...]
     num_frames: int
+    indices: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,11 @@ def make(
         stage.load()
     clips: list[np.ndarray] = []
     seconds: dict[str, list[float]] = {stage.name: [] for stage in stages}
+    indices = asked.indices or (0,) * len(asked.prompts)
     for start in range(0, len(asked.prompts), batch_size):
-        prompts = asked.prompts[start : start + batch_size]
-        batch = _batch(list(prompts), asked.num_frames, seed)
+        part = slice(start, start + batch_size)
+        prompts = asked.prompts[part]
+        batch = _batch(list(prompts), indices[part], asked.num_frames, seed)
         for stage in stages:
             began = time.process_time()
             batch = stage(batch)
@@ -107,12 +111,13 @@ def make(
     return np.concatenate(clips), {name: float(np.mean(times[1:] or times)) for name, times in seconds.items()}
 
 
-def _batch(prompts: list[str], num_frames: int, seed: int) -> Batch:
+def _batch(prompts: list[str], indices: Sequence[int], num_frames: int, seed: int) -> Batch:
     count = len(prompts)
     shape = Shape(FRAME, FRAME, num_frames, float(FPS))
     blank = {name: texts([""] * count) for name in ("negative_prompt", "inputs", "extra", "error_type", "error")}
     sizes = {"height": FRAME, "width": FRAME, "num_frames": num_frames, "generator": 0}
-    keys = [noise_key(seed, prompt_id(prompt, shape=shape, seed=seed), 0) for prompt in prompts]
+    ids = [prompt_id(prompt, shape=shape, seed=seed) for prompt in prompts]
+    keys = [noise_key(seed, each, index) for each, index in zip(ids, indices, strict=True)]
     return {
         **blank,
         **{name: np.full(count, value, np.int64) for name, value in sizes.items()},
