@@ -1,6 +1,6 @@
 """Judging and captioning by a model behind an OpenAI-compatible endpoint, such as `vllm serve`.
 
-The same two methods as `models.multimodal.Multimodal`. A clip is shown as a series of PNG images, the frames first and the
+The same methods as `models.multimodal.Multimodal`. A clip is shown as a series of PNG images, the frames first and the
 question last, and its first question is answered before the others are sent: a server that caches prefixes reads it once.
 
 Answers are kept below `cache/answers/` of the dataset, one object a clip and model, and cost nothing a second time. It holds
@@ -31,8 +31,11 @@ import numpy as np
 
 from infra.errors import UserError
 from models.endpoint_client import Client, EndpointError, EndpointRef, RefusedError
+from models.structured import is_strict
 
 FOLDER = "cache/answers"
+JSON_TIMES = 8
+"""Tokens that a caption as JSON may have, by those of one in prose."""
 
 Answer = float | str | None
 """P(yes), None where it was neither yes nor no, NaN (which is not kept) where no probabilities came; or a text."""
@@ -59,7 +62,7 @@ def load_endpoint(ref: EndpointRef) -> Endpoint:
 class Endpoint:
     """A model behind an endpoint.
 
-    Both methods raise UserError where the spec, the key or the budget is to blame, EndpointError (an OSError) if the server
+    Its methods raise UserError where the spec, the key or the budget is to blame, EndpointError (an OSError) if the server
     failed as often as it was tried, and RefusedError (a ValueError) where it answers others and refuses a clip. What was
     answered until then is kept.
     """
@@ -73,8 +76,9 @@ class Endpoint:
     def p_yes(self, frames: np.ndarray, questions: list[list[str]]) -> np.ndarray:
         """The probability of "yes" over "yes" and "no", however they are spelled, at the first position of the answer.
 
-        `frames` is uint8 [n, T, H, W, 3] (images: T = 1), `questions` holds q texts for each clip. Returns
-        float32 [n, q]; NaN where neither is among the 20 likeliest tokens, or an answer came without their probabilities.
+        `frames` is uint8 [n, T, H, W, 3] (images: T = 1), `questions` holds at most q texts for each clip. Returns
+        float32 [n, q]; NaN where a clip has fewer, neither is among the 20 likeliest tokens, or an answer came without
+        their probabilities.
         """
         parameters = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
         task = _Task(parameters, self._p_yes, _is_probability)
@@ -84,15 +88,39 @@ class Endpoint:
                 f"{self.ref.section}.model: {self.ref.name} gives no logprobs, from which P(yes) is computed; choose a model"
                 " that gives them"
             )
-        return np.array(found, dtype=np.float32).reshape(len(frames), len(questions[0]) if questions else 0)
+        p_yes = np.full((len(frames), max(map(len, questions), default=0)), np.nan, dtype=np.float32)
+        for clip, row in enumerate(found):
+            p_yes[clip, : len(row)] = np.array(row, dtype=np.float32)
+        return p_yes
 
     def caption(self, frames: np.ndarray, instructions: list[str], max_new_tokens: int) -> list[list[str]]:
         """Answers to each instruction at temperature 0, for each clip: n lists of len(instructions) texts.
 
         `frames` is uint8 [n, T, H, W, 3].
         """
-        task = _Task({"temperature": 0, "max_tokens": max_new_tokens}, _text, lambda value: isinstance(value, str))
-        return [[str(text) for text in row] for row in self._answers(frames, [instructions] * len(frames), task)]
+        return self.answer(frames, [instructions] * len(frames), max_new_tokens)
+
+    def answer(
+        self, frames: np.ndarray, texts: list[list[str]], max_new_tokens: int, temperature: float = 0.0
+    ) -> list[list[str]]:
+        """Answers to the texts asked of each clip; where the temperature is not 0, drawn with a fixed seed."""
+        task = _Task(_free(max_new_tokens, temperature), _text, _is_text)
+        return [[str(text) for text in row] for row in self._answers(frames, texts, task)]
+
+    def structured(
+        self,
+        frames: np.ndarray,
+        instruction: str,
+        schema: Mapping[str, Any],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+    ) -> list[Any]:
+        """What each clip's answer to the instruction says as JSON, which the server is asked to hold to `schema`; None where
+        it is none. It may have `JSON_TIMES` as many tokens."""
+        described = {"name": "caption", "schema": schema, "strict": is_strict(schema)}
+        form = {"response_format": {"type": "json_schema", "json_schema": described}}
+        task = _Task(_free(JSON_TIMES * max_new_tokens, temperature) | form, _text, _is_text)
+        return [_parsed(row[0]) for row in self._answers(frames, [[instruction]] * len(frames), task)]
 
     def _answers(self, frames: np.ndarray, texts: list[list[str]], task: _Task) -> list[list[Answer]]:
         """Answers to the texts asked of each clip."""
@@ -175,6 +203,23 @@ class Endpoint:
         self._has_logprobs = True
         total = mass["yes"] + mass["no"]
         return mass["yes"] / total if total > 0 else None
+
+
+def _free(max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """Parameters of an answer in as many tokens."""
+    drawn = {"temperature": temperature, "seed": 0} if temperature else {"temperature": 0}
+    return {**drawn, "max_tokens": max_new_tokens}
+
+
+def _parsed(text: Answer) -> Any:
+    try:
+        return json.loads(str(text))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _text(choice: dict[str, Any]) -> str:

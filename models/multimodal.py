@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -25,8 +25,10 @@ import numpy as np
 from infra.errors import UserError
 from infra.telemetry import log
 from models.chat import control_tokens, explain, plain_text, prepare, starts_itself
+from models.gumbel import GumbelNoise, key_of
 from models.placement import device_of, dtype_of, quiet
 from models.prefix import Place, Prefix, Prefixes
+from models.structured import fill
 from models.token_drop import only, read_tokens
 from models.weights import refuse_missing
 
@@ -109,13 +111,13 @@ class Multimodal:
     def p_yes(self, frames: np.ndarray, questions: list[list[str]]) -> np.ndarray:
         """The probability of "Yes" over "Yes" and "No" at the first position of the answer.
 
-        `frames` is uint8 [n, T, H, W, 3] (images: T = 1), `questions` holds q texts for each clip. Returns
-        float32 [n, q]; NaN where the model's logits are not finite. Raises ValueError where a question and the frames
-        are more than the model reads.
+        `frames` is uint8 [n, T, H, W, 3] (images: T = 1), `questions` holds at most q texts for each clip. Returns
+        float32 [n, q]; NaN where a clip has fewer, or the model's logits are not finite. Raises ValueError where a question
+        and the frames are more than the model reads.
         """
         import torch
 
-        found = np.zeros((len(frames), len(questions[0]) if questions else 0), dtype=np.float32)
+        found = np.full((len(frames), max(map(len, questions), default=0)), np.nan, dtype=np.float32)
         for places, logits in self._answers(frames, questions, None):
             pair = torch.stack([torch.logsumexp(logits[:, ids], dim=-1) for ids in (self._yes, self._no)], dim=-1)
             found[tuple(np.transpose(places))] = torch.softmax(pair, dim=-1)[:, 0].cpu().numpy()
@@ -126,15 +128,33 @@ class Multimodal:
 
         `frames` is uint8 [n, T, H, W, 3].
         """
-        texts = [[""] * len(instructions) for _ in frames]
-        for places, tokens in self._answers(frames, [instructions] * len(frames), max_new_tokens):
+        return self.answer(frames, [instructions] * len(frames), max_new_tokens)
+
+    def answer(
+        self, frames: np.ndarray, texts: list[list[str]], max_new_tokens: int, temperature: float = 0.0
+    ) -> list[list[str]]:
+        """Answers to the texts asked of each clip; at a temperature above 0 drawn, alike for one clip and text whatever
+        stands beside them."""
+        answers = [[""] * len(row) for row in texts]
+        for places, tokens in self._answers(frames, texts, max_new_tokens, temperature):
             decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             for (clip, at), text in zip(places, decoded, strict=True):
-                texts[clip][at] = " ".join(text.split())
-        return texts
+                answers[clip][at] = " ".join(text.split())
+        return answers
+
+    def structured(
+        self,
+        frames: np.ndarray,
+        instruction: str,
+        schema: Mapping[str, Any],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+    ) -> list[Any]:
+        """A value that `schema` describes for each clip, leaf by leaf (see structured.py): it needs no instruction."""
+        return fill(self, frames, schema, max_new_tokens, temperature)
 
     def _answers(
-        self, frames: np.ndarray, texts: list[list[str]], max_new_tokens: int | None
+        self, frames: np.ndarray, texts: list[list[str]], max_new_tokens: int | None, temperature: float = 0.0
     ) -> Iterator[tuple[list[tuple[int, int]], torch.Tensor]]:
         """Answers to the texts asked of each clip, as many at once as `TOKENS_PER_FORWARD` allows and in no order of theirs:
         which (clip, text) they answer, and the new token ids, [rows, at most max_new_tokens]; where that is None, the logits
@@ -157,7 +177,8 @@ class Multimodal:
             for start in range(0, len(frames), rows):
                 clips = range(start, min(start + rows, len(frames)))
                 for some, places, tails in self._in_groups(frames, texts, clips, prefix, rows):
-                    yield some, self._go_on(places, prefix, tails, max_new_tokens)
+                    noise = _noise(frames, texts, some, temperature)
+                    yield some, self._go_on(places, prefix, tails, max_new_tokens, noise)
         elif self.ref.token_drop and frames.shape[1] > 1:
             raise UserError(f"judge.token_drop, caption.token_drop: {self.ref.path}: its family cannot; set 0")
         else:  # a family that writes frames and text otherwise than all that were tried
@@ -166,7 +187,7 @@ class Multimodal:
                 log().warning("clips are read anew for each question and caption", model=self.ref.path)
             for some in _cut(pairs, rows):
                 inputs = self._inputs([(frames[clip], texts[clip][at]) for clip, at in some])
-                yield some, self._generate(inputs, max_new_tokens)
+                yield some, self._generate(inputs, max_new_tokens, _noise(frames, texts, some, temperature))
 
     def _in_groups(
         self, frames: np.ndarray, texts: list[list[str]], clips: range, prefix: torch.Tensor, rows: int
@@ -222,7 +243,12 @@ class Multimodal:
         return columns[read]
 
     def _go_on(
-        self, places: list[Place], prefix: torch.Tensor, tails: list[list[int]], max_new_tokens: int | None
+        self,
+        places: list[Place],
+        prefix: torch.Tensor,
+        tails: list[list[int]],
+        max_new_tokens: int | None,
+        noise: GumbelNoise | None,
     ) -> torch.Tensor:
         """As `_answers` gives them, for one of its groups."""
         import torch
@@ -234,9 +260,8 @@ class Multimodal:
         if read.deltas is not None:
             self.model.base_model.rope_deltas = read.deltas
         cache = read.rows([place.row for place in places])
-        return self._generate(
-            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}, max_new_tokens
-        )
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+        return self._generate(inputs, max_new_tokens, noise)
 
     def _tail(self, num_images: int, text: str) -> list[int]:
         """Token ids of what comes after the last frame."""
@@ -244,7 +269,7 @@ class Multimodal:
         after = self._prompt(num_images, text).rpartition(image or "\0")[2]
         return self.tokenizer.encode(image + after, add_special_tokens=False)[1:]
 
-    def _generate(self, inputs: Any, max_new_tokens: int | None) -> torch.Tensor:
+    def _generate(self, inputs: Any, max_new_tokens: int | None, noise: GumbelNoise | None) -> torch.Tensor:
         """As `_answers` gives them."""
         import torch
 
@@ -257,6 +282,7 @@ class Multimodal:
                 temperature=None,
                 top_p=None,
                 top_k=None,
+                logits_processor=None if noise is None else [noise],
                 pad_token_id=self.tokenizer.pad_token_id,
                 output_logits=max_new_tokens is None,
                 return_dict_in_generate=True,
@@ -292,6 +318,15 @@ class Multimodal:
                 f"{self.ref.path}: its tokenizer has no single token for {word!r}; a judge needs Yes and No"
             )
         return torch.tensor(single, device=self.device)
+
+
+def _noise(
+    frames: np.ndarray, texts: list[list[str]], asked: list[tuple[int, int]], temperature: float
+) -> GumbelNoise | None:
+    """The noise with which those (clip, text) are sampled; None at temperature 0."""
+    if not temperature:
+        return None
+    return GumbelNoise([key_of(frames[clip], texts[clip][at]) for clip, at in asked], temperature)
 
 
 def _cut(items: list[T], size: int) -> Iterator[list[T]]:

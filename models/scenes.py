@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from models.plan import SamplerPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+TEMPORAL = 4
+"""Frames to a latent frame in Wan's VAE; its family alone is sampled in blocks."""
 
 
 def scenes_of(prompt: str, separator: str) -> list[str]:
@@ -65,3 +69,24 @@ def blend(scenes: Tensor, block: int, blocks: int, fade: float) -> Tensor:
     if later in (0, 1) or len(scenes) == 1:
         return scenes[min(int(middle / share), len(scenes) - 1)]
     return scenes[at - 1] + later * (scenes[at] - scenes[at - 1])
+
+
+def frames_of_scenes(prompt: str, num_frames: int, plan: Mapping[str, Any]) -> list[range]:
+    """Which frames of a video show each scene of its prompt, by what SamplerPlan.to_json says; none where there is one scene.
+
+    A scene's are those of the blocks in which it has the greater part. Where the blocks do not come out even, as in a
+    sample that some other way was made, scenes share the frames evenly.
+    """
+    scenes, (frames, context) = len(scenes_of(prompt, plan["scenes"][0])), plan["blocks"]
+    if scenes < 2 or scenes > num_frames:
+        return []
+    count, rest = divmod((num_frames - 1) // TEMPORAL + 1 - context, frames)
+    if rest or count < scenes:
+        bounds = [num_frames * at // scenes for at in range(scenes + 1)]
+    else:
+        shown = [min(int((block + 0.5) * scenes / count), scenes - 1) for block in range(count)]
+        starts = [
+            context + frames * shown.index(at) for at in range(1, scenes)
+        ]  # the first block is longer by the context
+        bounds = [0, *(TEMPORAL * (start - 1) + 1 for start in starts), num_frames]
+    return [range(start, stop) for start, stop in pairwise(bounds)]

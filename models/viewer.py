@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,7 +18,17 @@ class Viewer(Protocol):
     """What judges and captions; see `models.multimodal.Multimodal` for what the methods take and give."""
 
     def p_yes(self, frames: np.ndarray, questions: list[list[str]]) -> np.ndarray: ...
-    def caption(self, frames: np.ndarray, instructions: list[str], max_new_tokens: int) -> list[list[str]]: ...
+    def answer(
+        self, frames: np.ndarray, texts: list[list[str]], max_new_tokens: int, temperature: float = 0.0
+    ) -> list[list[str]]: ...
+    def structured(
+        self,
+        frames: np.ndarray,
+        instruction: str,
+        schema: Mapping[str, Any],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+    ) -> list[Any]: ...
 
 
 def load_viewer(ref: ViewerRef, threads: int | None = None) -> Viewer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import time
@@ -30,7 +29,6 @@ from pipelines.run import clean_up, commit_run_row
 from pipelines.stored import COLUMNS, StoredBatches
 from stages.annotate import Annotator, Row, WriteAnnotations
 from stages.batch import Batch, Stage, WorldFault, size
-from stages.caption import INSTRUCTIONS
 from stages.decode import DecodeLatents
 from stages.judge import JudgeQuality
 from stages.read import ReadMedia
@@ -118,14 +116,7 @@ class Captioning:
         caption = run.spec.caption
         assert caption is not None and run.captioner is not None
         self._styles = caption.styles
-        asked = {style: INSTRUCTIONS[style] for style in sorted(INSTRUCTIONS)}
-        settings = json.dumps([asked, caption.max_new_tokens, caption.num_frames])
-        self.annotator = Annotator(
-            run.storage,
-            run.run_id,
-            run.captioner_name,
-            f"captions@{hashlib.sha256(settings.encode()).hexdigest()[:12]}",
-        )
+        self.annotator = Annotator(run.storage, run.run_id, run.captioner_name, run.captions_id)
         self._stages = run.captioning()
 
     def stages(self) -> tuple[Stage, ...]:

@@ -22,7 +22,7 @@ from pipelines.recipes import RECIPES
 from pipelines.records import expand_rows, unique_records
 from pipelines.resolve import Resolved
 from stages.actor import run_stage
-from stages.batch import texts
+from stages.batch import Stage, texts
 
 STEPS = 2
 """Denoising steps of the calibration batch; the plan's are extrapolated by function evaluations."""
@@ -63,7 +63,7 @@ def calibrate(run: Resolved) -> Calibration | None:
         alone = tuple(replace(ref, parallel=Degrees()) for ref in run.generators)
         trial = replace(run, plan=short, storage=Storage(folder), generators=alone)
         stages = (*recipe.generating(trial), *recipe.judging(trial))
-        for stage in (each for each in stages if not isinstance(getattr(each, "model", None), EndpointRef)):
+        for stage in (each for each in stages if not _is_elsewhere(each)):
             began = time.perf_counter()
             stage.load()
             load += time.perf_counter() - began
@@ -80,6 +80,11 @@ def calibrate(run: Resolved) -> Calibration | None:
     count = result["accepted"] + result["rejected"]
     nbytes = (result["media_nbytes"] + sum(part["nbytes"] for part in result["parts"])) / max(1, count)
     return Calibration(len(rows), seconds, load, nfe, nbytes)
+
+
+def _is_elsewhere(stage: Stage) -> bool:
+    """Whether it asks an endpoint, whose answers may cost."""
+    return any(isinstance(getattr(stage, name, None), EndpointRef) for name in ("model", "verifier"))
 
 
 def _first(run: Resolved, count: int) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from infra.schema import SAMPLES
 from infra.storage import Storage
 from infra.tables import Table
+from stages.annotate import caption_name
 
 UNDONE = ("false", "no", "0")
 """Values of a `withdrawn` annotation that take an earlier one back; any other withdraws the sample."""
@@ -38,9 +39,9 @@ class Decision:
     reasons: tuple[str, ...] = ()
     """Of the verdict."""
     captions: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
-    """Style -> text."""
+    """Style, or style/scene -> text; an empty one says that there is none."""
     captioned_by: Mapping[str, tuple[str, str]] = field(default_factory=lambda: _EMPTY)
-    """Style -> captioner and its settings."""
+    """The same -> captioner and its settings."""
     scores: Mapping[str, float] = field(default_factory=lambda: _EMPTY)
     tags: tuple[str, ...] = ()
     label: str = ""
@@ -140,7 +141,7 @@ def decided(row: Mapping[str, Any], decision: Decision) -> dict[str, Any]:
         new["scores"] = [{"name": name, "value": value} for name, value in scores.items()]
     if decision.captions and "captions" in row:
         new["captions"] = _captions(row["captions"] or (), decision)
-        new["caption"] = new["captions"][0]["text"]
+        new["caption"] = next((item["text"] for item in new["captions"] if not item["scene"]), "")
     if decision.tags and "tags" in row:
         new["tags"] = list(dict.fromkeys((*(row["tags"] or ()), *decision.tags)))
     new["label"] = decision.label
@@ -148,16 +149,19 @@ def decided(row: Mapping[str, Any], decision: Decision) -> dict[str, Any]:
 
 
 def _captions(before: Iterable[dict[str, Any]], decision: Decision) -> list[dict[str, Any]]:
-    """The captions, each decided style in the place of its first old one or at the end."""
+    """The captions, each decided one in the place of the first old one of its style and scene, or at the end."""
     texts = dict(decision.captions)
-    styles = dict.fromkeys([*(item["style"] for item in before), *texts])
+    names = dict.fromkeys([*(caption_name(item) for item in before), *texts])
     found: list[dict[str, Any]] = []
-    for style in styles:
-        if style in texts:
-            model = decision.captioned_by[style][0]
-            found.append({"style": style, "language": "en", "scene": 0, "text": texts[style], "model": model})
-        else:
-            found += [item for item in before if item["style"] == style]
+    for name in names:
+        if name not in texts:
+            found += [item for item in before if caption_name(item) == name]
+        elif texts[name]:
+            style, _, scene = name.rpartition("/")
+            of_scene = bool(style) and scene.isdecimal() and len(scene) < 10
+            said = {"style": style, "scene": int(scene)} if of_scene else {"style": name, "scene": 0}
+            model = decision.captioned_by[name][0]
+            found.append({**said, "language": "en", "text": texts[name], "model": model})
     return found
 
 

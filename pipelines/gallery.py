@@ -15,6 +15,7 @@ from infra.storage import Storage
 from pipelines.decisions import Decision
 from pipelines.report_data import Facts, Snapshot
 from pipelines.report_media import Media, show
+from stages.annotate import caption_name
 
 MAX_TEXT = 1000
 """Characters of a prompt or caption that a report shows."""
@@ -134,7 +135,7 @@ def _spread_order(n: int) -> list[int]:
 
 
 def _tile(row: dict[str, Any], decision: Decision, media: Media) -> Tile:
-    captions = {item["style"]: item["text"] for item in row["captions"] or ()}
+    captions = {caption_name(item): item["text"] for item in row["captions"] or ()}
     if row["caption"] and row["caption"] not in captions.values():
         captions = {"caption": row["caption"], **captions}
     scores = {item["name"]: item["value"] for item in row["scores"] or ()}
@@ -163,7 +164,7 @@ def _tile(row: dict[str, Any], decision: Decision, media: Media) -> Tile:
         prompt=clamp(row["prompt"] or ""),
         source_prompt=clamp(row["source_prompt"] or "") if row["source_prompt"] != row["prompt"] else "",
         negative_prompt=clamp(row["negative_prompt"] or ""),
-        captions=tuple((style, clamp(text or "")) for style, text in {**captions, **decision.captions}.items()),
+        captions=tuple((name, clamp(text)) for name, text in {**captions, **decision.captions}.items() if text),
         scores=tuple((name, float(value)) for name, value in scores.items() if value is not None),
         reasons=tuple(clamp(text, 200) for text in (decision.reasons if decision.verdict else row["reasons"] or ())),
         tags=tuple(dict.fromkeys((*(row["tags"] or ()), *decision.tags)))[:20],

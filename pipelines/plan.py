@@ -25,7 +25,7 @@ from pipelines.records import unique_records
 from pipelines.resolve import resolve_spec, sampler_plan
 from pipelines.run import check_dataset, sample_groups
 from pipelines.spec import Spec, absolute_paths
-from pipelines.thresholds import find_thresholds
+from pipelines.thresholds import find_thresholds, told
 from pipelines.unknown_words import CHUNK, unknown_lines
 
 START_SECONDS = 20.0

@@ -31,6 +31,7 @@ from pipelines.spec import Spec, absolute_paths
 from pipelines.viewers import Judge, Viewer
 from stages.batch import Stage
 from stages.caption import CaptionMedia
+from stages.caption_schema import load_schema
 from stages.expand import ExpandPrompts
 from stages.judge import JudgeQuality
 from stages.rubric import Rubric, check_thresholds, load_rubric
@@ -106,6 +107,7 @@ class Resolved:
         caption = self.spec.caption
         if caption is None or self.captioner is None:
             return ()
+        local = caption.backend == "transformers"
         return (
             CaptionMedia(
                 model=self.captioner,
@@ -114,6 +116,10 @@ class Resolved:
                 num_frames=caption.num_frames,
                 threads=self.spec.layout.threads,
                 label=self.captioner.name if isinstance(self.captioner, EndpointRef) else caption.model,
+                schema=load_schema(caption.json_schema, local),
+                verify=caption.verify,
+                verifier=self.judge if caption.verify else None,
+                plan_json=self.plan.to_json(),
             ),
         )
 
@@ -173,6 +179,20 @@ class Resolved:
         if judge.screen is not None and self.screen is not None:
             return f"{_version_of(judge.screen.model, self.screen)}, then {name}"
         return name
+
+    @property
+    def captions_id(self) -> str:
+        """What captions depend on besides captioner and clip: what is asked, shown and held to, and who verifies."""
+        caption = self.spec.caption
+        if caption is None or self.captioner is None:
+            return ""
+        (stage,) = self.captioning()
+        assert isinstance(stage, CaptionMedia)
+        judge = _version_of(self.spec.judge.model, self.judge) if self.judge else self.captioner_name
+        verifier = judge if caption.verify else ""
+        dropped = [caption.token_drop, self.spec.judge.token_drop if caption.verify and self.judge else 0.0]
+        text = json.dumps([stage.settings, verifier, dropped])
+        return f"captions@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
     def captioner_name(self) -> str:
@@ -301,7 +321,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
     if expander is not None and spec.prompts.expand is not None:
         licences.setdefault(spec.prompts.expand.model, licence_of(expander.stage.model.path, spec.prompts.expand.model))
     _check_licences(spec, licences)
-    return Resolved(
+    run = Resolved(
         spec=spec,
         run_id=run_id or new_run_id(),
         storage=storage,
@@ -316,6 +336,8 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         expander=expander,
         licences=tuple(licences.items()),
     )
+    run.captioning()  # refuses a schema that it cannot use
+    return run
 
 
 def storage_of(spec: Spec) -> Storage:

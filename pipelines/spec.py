@@ -163,6 +163,8 @@ def absolute_paths(spec: Spec, base: str | Path = ".") -> Spec:
     for bar in data["judge"]["thresholds"].values():
         if isinstance(bar, dict) and bar["labels"] is not None:
             bar["labels"] = file(bar["labels"])
+    if data["caption"] and data["caption"]["json_schema"] is not None:
+        data["caption"]["json_schema"] = file(data["caption"]["json_schema"])
     if prompts["path"] is not None:
         prompts["path"] = file(prompts["path"])
     prompts["exclude"] = [file(path) for path in prompts["exclude"]]

@@ -12,7 +12,18 @@ from pipelines.resolve import Resolved
 from stages.batch import Batch, texts
 from stages.read import SUFFIXES
 
-COLUMNS = ("sample_id", "prompt", "height", "width", "num_frames", "model_sha256", "adapters", "media", "tensors")
+COLUMNS = (
+    "sample_id",
+    "prompt",
+    "plan_json",
+    "height",
+    "width",
+    "num_frames",
+    "model_sha256",
+    "adapters",
+    "media",
+    "tensors",
+)
 """What of `samples` a batch is made from."""
 
 Row = Mapping[str, Any]
@@ -62,6 +73,7 @@ class StoredBatches:
         columns: Batch = {
             "sample_id": texts([row["sample_id"] for row, _ in group]),
             "prompt": texts([row["prompt"] or "" for row, _ in group]),
+            "plan_json": texts([row["plan_json"] or "{}" for row, _ in group]),
             "source": texts([json.dumps(source) for _, source in group]),
             "generator": np.full(len(group), generator or 0, np.int64),
             "batch_index": np.zeros(len(group), np.int64),

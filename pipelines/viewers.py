@@ -211,8 +211,22 @@ class Caption(Viewer):
         DEFAULT_PACK,
         description="A multimodal model; the judge's own is loaded once for both. For openai, its name on the server.",
     )
-    styles: tuple[Literal["short", "dense"], ...] = Field(
-        ("short", "dense"), description="Captions to write; the first is the sample's."
+    styles: tuple[Literal["short", "dense", "tags", "structured"], ...] = Field(
+        ("short", "dense"),
+        description="Captions to write; the first is the sample's. tags: a list in order of the alphabet; structured: JSON"
+        " held to `json_schema`. With `sampler.dualparal.scenes`, each of every scene too.",
+    )
+    json_schema: str | None = Field(
+        None,
+        description="JSON schema of style structured, a file; without it, ditmill's own: subjects, background, light, camera,"
+        " style. A leaf's description is its question.",
+    )
+    verify: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Least P(yes) of a caption's statements, each asked back of the judge's model; what is below is left out."
+        " 0 asks nothing. Where the judge is no model, the captioner is asked.",
     )
     max_new_tokens: int = Field(96, ge=1, description="Longest caption, in tokens.")
     num_frames: int = Field(8, ge=1, description="Frames shown to the model.")

@@ -21,6 +21,11 @@ Row = dict[str, Any]
 SHOWN = 3
 
 
+def caption_name(item: Mapping[str, Any]) -> str:
+    """Under what a caption is annotated: its style, and the scene that it is of, if that is not the whole."""
+    return f"{item['style']}/{item['scene']}" if item.get("scene") else str(item["style"])
+
+
 @dataclass(frozen=True)
 class Annotator:
     """Who says something, in which run. Scores depend on what was `asked`; verdicts on the bounds in `rubric` too."""
@@ -52,7 +57,8 @@ class Annotator:
         return [self.row(sample_id, "verdict", "", verdict, self.rubric), *notes]
 
     def captions(self, sample_id: str, captions: Sequence[Mapping[str, Any]]) -> list[Row]:
-        return [self.row(sample_id, "caption", item["style"], item["text"], self.rubric) for item in captions]
+        """Each under its style, or style/scene. An empty text says that there is none."""
+        return [self.row(sample_id, "caption", caption_name(item), item["text"], self.rubric) for item in captions]
 
     def write(self, rows: Sequence[Row], number: int) -> Part:
         """The rows as a part that waits for its commit."""

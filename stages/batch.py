@@ -18,7 +18,8 @@ and that stages add:
     frames        DecodeLatents: [n, num_frames, height, width, 3], uint8
     scores        ScoreMedia, JudgeQuality: JSON list of {name, value}
     verdict       'accepted' or 'rejected';   reasons: JSON list of str
-    captions      CaptionMedia: JSON list of {style, language, scene, text, model};   caption: str, the first of them
+    captions      CaptionMedia: JSON list of {style, language, scene, text, model}, scene 0 being the whole; caption: str, the
+                  first text of the whole
     cost          the stage actor: JSON list of {stage, accelerator_seconds, cpu_seconds}
 """
 

@@ -272,7 +272,7 @@ class _Written:
             "judge": stage.judge,
             "rubric": stage.rubric,
             "caption": self._text(at, "caption"),
-            "captions": self._json(at, "captions", []),
+            "captions": [item for item in self._json(at, "captions", []) if item["text"]],
             "tags": self._json(at, "tags", []),
             "split": split_of(source_prompt),
             "parent_ids": [],

@@ -109,8 +109,12 @@ class Handler(BaseHTTPRequestHandler):
         with self.computing:
             if body.get("logprobs"):
                 choice = self._likeliest(frames, text["text"], body["top_logprobs"])
+            elif body.get("response_format"):
+                form = body["response_format"]["json_schema"]["schema"]
+                (value,) = self.model.structured(frames, text["text"], form, 6, body["temperature"])
+                choice = {"message": {"role": "assistant", "content": json.dumps(value)}}
             else:
-                ((content,),) = self.model.caption(frames, [text["text"]], body["max_tokens"])
+                ((content,),) = self.model.answer(frames, [[text["text"]]], body["max_tokens"], body["temperature"])
                 choice = {"message": {"role": "assistant", "content": content}}
         usage = {"prompt_tokens": 100, "completion_tokens": 1, "total_tokens": 101}
         return {"object": "chat.completion", "model": body["model"], "choices": [choice], "usage": usage}

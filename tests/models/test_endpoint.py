@@ -30,6 +30,7 @@ from models.pack.world import render
 from models.source import resolve
 from stages.actor import run_stage
 from stages.batch import load_json, texts
+from stages.caption import CaptionMedia
 from stages.judge import JudgeQuality
 from stages.rubric import load_rubric
 from tests.models.openai_server import Server, openai_server
@@ -110,6 +111,43 @@ def test_answers_are_those_of_the_model_in_process(server: Server, known: Known,
     server.set(*faults)
     assert asked.caption(known.frames, INSTRUCTIONS, CAPTION_TOKENS) == known.captions
     assert len(server.requests) >= 6 + len(faults)
+
+
+FORM = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["background"],
+    "properties": {
+        "background": {"enum": ["white", "black", "grey", "blue", "yellow"], "description": "Is it {value}?"}
+    },
+}
+
+
+def test_json_is_asked_for_by_its_schema(server: Server, known: Known, folder: str) -> None:
+    asked = endpoint(server)
+    values = asked.structured(known.frames, "Describe it as JSON.", FORM, 20)
+    assert values == Multimodal(MultimodalRef(folder)).structured(known.frames, "", FORM, 20)
+    server.set({"body": json.dumps({"choices": [{"message": {"content": '{"background": '}}]})})
+    assert asked.structured(known.frames[:1], "Describe it as JSON.", FORM, 20) == [None]
+
+
+def test_a_caption_that_is_no_json_is_asked_for_once_more(server: Server, known: Known) -> None:
+    broken = {"body": json.dumps({"choices": [{"message": {"content": '{"background": "pink"}'}}]})}
+    ref = EndpointRef(base_url=server.base_url, model="shapes", timeout=60)
+    stage = CaptionMedia(ref, ("structured",), schema=json.dumps(FORM))
+    for faults, requests in ((1, 2), (2, 2)):
+        server.set(*[broken] * faults)
+        out = stage({"frames": known.frames[:1], "prompt": texts(["a"])})
+        assert bool(out["caption"][0]) == (faults == 1)
+        assert len(server.requests) == requests
+
+
+def test_rows_of_answers_may_have_different_lengths(server: Server, known: Known) -> None:
+    asked = [known.questions[0][:1], known.questions[1], []]
+    p_yes = endpoint(server).p_yes(known.frames, asked)
+    expected = known.p_yes.copy()
+    expected[0, 1:] = expected[2] = np.nan
+    np.testing.assert_allclose(p_yes, expected, atol=1e-4)
 
 
 def test_no_more_requests_are_under_way_than_allowed(server: Server, known: Known) -> None:

@@ -27,7 +27,7 @@ from models.pack.train.loop import stream
 from models.pack.train.questions import HEAD, TAIL, Asked, as_rendered, ask, attribute, caption, changed
 from models.pack.train.vae import CONFIG as VAE
 from models.pack.world import RADII, render
-from stages.caption import INSTRUCTIONS
+from stages.caption import INSTRUCTIONS, VERIFY
 from stages.rubric import load_rubric
 
 
@@ -60,12 +60,13 @@ def test_the_judge_learns_the_questions_that_a_run_asks():
         "no_artefacts": questions.NO_ARTEFACTS,
         "motion_smooth": questions.MOTION_SMOOTH,
     }
-    assert {"short": questions.SHORT, "dense": questions.DENSE} == INSTRUCTIONS
+    assert (INSTRUCTIONS["short"], INSTRUCTIONS["dense"]) == (questions.SHORT, questions.DENSE)
+    assert VERIFY.format(media="{media}", statement="") == HEAD + TAIL
 
 
 def test_the_tokenizer_knows_every_word_of_the_questions_and_of_the_grammar(tokenizer):
     texts = [question.format("a red circle", 17) for question in load_rubric("default").questions]
-    texts += [text.format(media=media) for text in INSTRUCTIONS.values() for media in questions.MEDIA]
+    texts += [INSTRUCTIONS[style].format(media=media) for style in ("short", "dense") for media in questions.MEDIA]
     texts += [one.head + one.text for scene in _scenes(60) for one in ask(as_rendered(scene), stream(1, 0))]
     known = tokenizer([*texts, " ".join(VOCABULARY)], add_special_tokens=False).input_ids
     assert tokenizer.unk_token_id not in {token for ids in known for token in ids}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from models.scenes import blend, encode_scenes, scenes_of
+from models.plan import SamplerPlan
+from models.scenes import blend, encode_scenes, frames_of_scenes, scenes_of
 
 
 def test_a_prompt_is_cut_at_its_separators():
@@ -45,3 +48,33 @@ def test_a_sample_is_encoded_apart_from_its_neighbours():
     assert found["prompt_embeds"][:, :, 0, 0].tolist() == [[1, 2, 3], [4, 0, 0]]
     assert found["negative_prompt_embeds"].shape == (2, 1, 1)
     assert found["scenes"].tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_frames", "blocks", "starts"),
+    [
+        ("a|b", 17, (2, 1), [0, 9]),  # latent frames 0-2 and 3-4: frames 0-8 and 9-16
+        ("a|b|c", 25, (2, 1), [0, 9, 17]),
+        ("a|b|c", 33, (2, 1), [0, 9, 25]),  # four blocks: 1, 2 and 1 of them, as the blend has it without a fade
+        ("a|b", 16, (3, 1), [0, 8]),  # not made in blocks: shared evenly
+        ("a|b|c", 2, (2, 1), []),
+        ("a", 17, (2, 1), []),
+    ],
+)
+def test_frames_of_scenes_are_those_of_their_blocks(prompt, num_frames, blocks, starts):
+    plan = SamplerPlan(blocks=blocks, scenes=("|", 0.0))
+    parts = frames_of_scenes(prompt, num_frames, json.loads(plan.to_json()))
+    assert [part.start for part in parts] == starts
+    assert [at for part in parts for at in part] == (list(range(num_frames)) if starts else [])
+
+
+def test_frames_of_a_scene_are_of_blocks_that_are_conditioned_on_it():
+    for count in range(2, 9):
+        for scenes in range(2, count + 1):
+            prompt, frames = "|".join("abcdefgh"[:scenes]), 4 * (2 * count) + 1
+            parts = frames_of_scenes(prompt, frames, {"scenes": ["|", 0], "blocks": [2, 1]})
+            for block in range(count):
+                first = 4 * (2 * block + 1 - 1) + 1 if block else 0
+                (shown,) = [at for at, part in enumerate(parts) if first in part]
+                values = torch.arange(scenes, dtype=torch.float32)[:, None, None]
+                assert blend(values, block, count, 0.0).item() == shown

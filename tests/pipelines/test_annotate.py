@@ -339,6 +339,21 @@ def test_recaption_captions_what_lacks_a_style(generated, cluster):
     assert recaption(run, no_cluster).unchanged == 4
 
 
+@pytest.mark.ray
+def test_a_style_that_could_not_be_had_is_not_asked_for_again(generated, cluster):
+    run = generated(caption={"styles": ["short"], "verify": 1.0})
+    assert recaption(run, cluster).samples == 4
+    assert {tuple(one.captions.items()) for one in read_decisions(run.storage).values()} == {(("short", ""),)}
+    assert recaption(run, no_cluster).unchanged == 4
+    assert recaption(run, no_cluster, scope="missing").samples == 0
+
+
+def test_a_sample_without_captions_is_accepted_all_the_same(generate_from):
+    root = generate_from(prompts={"inline": ["a red cat"]}, judge={"backend": "none"}, caption={"verify": 1.0})
+    rows = Table(Storage(str(root)), "samples").read(["verdict", "caption", "captions"]).to_pylist()
+    assert rows == [{"verdict": "accepted", "caption": "", "captions": []}]
+
+
 def test_recaption_needs_a_captioner(generated):
     run = replace(generated(), captioner=None)
     with pytest.raises(UserError, match="caption"):

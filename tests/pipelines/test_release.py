@@ -107,6 +107,33 @@ def test_apply_changes_what_was_decided():
     assert decided(row, NONE) == row | {"label": ""}
 
 
+def test_captions_of_scenes_are_decided_apart_and_an_empty_one_is_none():
+    def caption(style: str, scene: int, text: str, model: str = "m") -> dict:
+        return {"style": style, "language": "en", "scene": scene, "text": text, "model": model}
+
+    row = {
+        "caption": "old",
+        "captions": [caption("short", 0, "old"), caption("short", 1, "one"), caption("tags", 0, "x")],
+    }
+    texts = {"short": "", "short/1": "first", "dense/2": "second", "a/b": "c", "dense": "all"}
+    decision = Decision(captions=texts, captioned_by=dict.fromkeys(texts, ("c", "")))
+    new = decided(row, decision)
+    assert new["captions"] == [
+        caption("short", 1, "first", "c"),
+        caption("tags", 0, "x"),
+        caption("dense", 2, "second", "c"),
+        caption("a/b", 0, "c", "c"),
+        caption("dense", 0, "all", "c"),
+    ]
+    assert new["caption"] == "x"
+    gone = Decision(captions={"short": ""}, captioned_by={"short": ("c", "")})
+    assert decided({"caption": "old", "captions": [caption("short", 0, "old")]}, gone) | {"label": 0} == {
+        "caption": "",
+        "captions": [],
+        "label": 0,
+    }
+
+
 def test_apply_drops_what_is_withdrawn():
     batch = pa.RecordBatch.from_pylist([{"sample_id": at} for at in "abc"], pa.schema([("sample_id", pa.string())]))
     assert apply(batch, {"b": Decision(withdrawn=True)}).column("sample_id").to_pylist() == ["a", "c"]

@@ -88,7 +88,10 @@ def mistake(data: dict[str, Any], *overrides: str) -> str:
         ({"name": "My data"}, "name: expected a text like ^[a-z0-9][a-z0-9_-]*$, found 'My data'"),
         ({"buckets": []}, "buckets: expected at least 1 of them, found an empty list"),
         ({"sampler": None}, "sampler: expected keys and values, found nothing (leave the key out instead)"),
-        ({"caption": {"styles": ["long"]}}, "caption.styles.0: expected 'short' or 'dense', found 'long'"),
+        (
+            {"caption": {"styles": ["long"]}},
+            "caption.styles.0: expected 'short', 'dense', 'tags' or 'structured', found 'long'",
+        ),
         ({"budget": {"deadline": "soon"}}, "budget.deadline: expected an ISO 8601 time, or a duration such as 90m"),
         (
             {"layout": {"parallel": {"vae": 2}}},

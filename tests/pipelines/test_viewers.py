@@ -99,3 +99,51 @@ def test_dropping_tokens_is_part_of_what_was_asked_and_of_no_endpoint(spec: Spec
     assert plain.asked == resolved(token_drop=0).asked != dropping.asked
     with pytest.raises(UserError, match=r"judge: .*token_drop belongs to backend `transformers`; remove it"):
         parse_spec({**spec.model_dump(mode="json"), "judge": {**NOWHERE, "token_drop": 0.01}})
+
+
+def test_captions_are_known_by_all_that_changes_them(spec: Spec, tmp_path: Any) -> None:
+    here = {"backend": "transformers", "model": "pack://tiny"}
+    form = tmp_path / "form.json"
+    form.write_text('{"type": "object", "properties": {"sky": {"type": "string"}}}')
+
+    def captions(judge: Any = here, **caption: Any) -> str:
+        data = {**spec.model_dump(mode="json"), "judge": judge, "caption": {**here, **caption}}
+        return resolve_spec(parse_spec(data)).captions_id
+
+    changes: list[dict[str, Any]] = [
+        {},
+        {"max_new_tokens": 95},
+        {"num_frames": 7},
+        {"token_drop": 0.01},
+        {"json_schema": str(form)},
+        {"verify": 0.5},
+        {"verify": 0.6},
+        {"verify": 0.5, "judge": NOWHERE},
+        {"verify": 0.5, "judge": {**here, "token_drop": 0.01}},
+    ]
+    found = [captions(**change) for change in changes]
+    assert len(set(found)) == len(changes)
+    assert captions() == captions(styles=["tags"]) == captions(judge=NOWHERE), "a style is the same beside another one"
+    assert captions(verify=0.5) == captions(judge={"backend": "oracle"}, verify=0.5), "the captioner verifies itself"
+    assert all(each.startswith("captions@") for each in found)
+
+
+def test_the_judge_verifies_where_it_is_a_model(spec: Spec) -> None:
+    def verifier(judge: Any, **caption: Any) -> Any:
+        data = {**spec.model_dump(mode="json"), "judge": judge, "caption": {"model": "pack://tiny", **caption}}
+        (stage,) = resolve_spec(parse_spec(data)).captioning()
+        assert isinstance(stage, CaptionMedia)
+        return stage.verifier
+
+    assert isinstance(verifier(NOWHERE, verify=0.5), EndpointRef)
+    assert isinstance(verifier({"model": "pack://tiny"}, verify=0.5), MultimodalRef)
+    assert verifier({"backend": "oracle"}, verify=0.5) is None
+    assert verifier(NOWHERE) is None
+
+
+def test_a_broken_schema_is_the_specs_mistake(spec: Spec, tmp_path: Any) -> None:
+    form = tmp_path / "form.json"
+    form.write_text('{"type": "array"}')
+    caption = {"model": "pack://tiny", "styles": ["structured"], "json_schema": str(form)}
+    with pytest.raises(UserError, match=r"^caption.json_schema: .*form.json"):
+        resolve_spec(parse_spec({**spec.model_dump(mode="json"), "caption": caption}))

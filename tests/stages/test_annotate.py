@@ -82,6 +82,14 @@ def test_captions_are_written_by_style(stage):
     assert (result["captioned"], result["failed"]) == (2, 1)
 
 
+def test_captions_of_scenes_have_names_of_their_own_and_an_empty_one_is_said(stage):
+    caption = {"style": "short", "language": "en", "scene": 0, "text": "a cat", "model": "m"}
+    said = [caption, caption | {"scene": 2, "text": "a dog"}, caption | {"style": "tags", "text": ""}]
+    result = json.loads(stage(batch_of(captions=jsons([said, [], []])))["result"][0])
+    found = [(row["name"], row["value"]) for row in written(stage, result)]
+    assert found == [("short", "a cat"), ("short/2", "a dog"), ("tags", "")]
+
+
 def test_a_batch_of_failures_writes_no_part(stage):
     batch = batch_of(verdict=texts([""] * 3), scores=jsons([[]] * 3), reasons=jsons([[]] * 3))
     batch["error_type"] = texts(["stored_media_missing"] * 3)
