@@ -26,7 +26,17 @@ from pipelines.embedding import embedding_kind
 from pipelines.idset import IdSet
 from pipelines.near import KEPT, CosineIndex, HashIndex, Index, cells, thin
 from pipelines.rules import TOPIC, Cap, Rules
-from pipelines.signatures import HashKind, Kind, Place, Progress, Signatures, embeddings, hashes, place_of
+from pipelines.signatures import (
+    EmbeddingKind,
+    HashKind,
+    Kind,
+    Place,
+    Progress,
+    Signatures,
+    embeddings,
+    hashes,
+    place_of,
+)
 from stages.rubric import load_rubric
 from stages.score import MEASURED
 
@@ -93,6 +103,8 @@ def select(storage: Storage, snapshot: Snapshot, chosen: IdSet, rules: Rules, pr
     said: dict[str, Any] = {
         "rules": rules.model_dump(mode="json"),
         "rank": weights,
+        "signatures": [kind.name for kind in kinds],
+        "embedding": next((kind.version for kind in kinds if isinstance(kind, EmbeddingKind)), None),
         "candidates": len(found.ids),
         "not_compared": {"samples": 0, "why": signatures.faults},
     }

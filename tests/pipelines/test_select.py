@@ -23,6 +23,7 @@ from infra.storage import Storage
 from infra.tables import Table
 from models.pack.grammar import sample_scenes
 from models.pack.world import render
+from models.source import content_sha256, resolve
 from pipelines import signatures
 from pipelines.annotate import withdraw
 from pipelines.release import Released, release
@@ -293,6 +294,7 @@ def test_the_vision_tower_of_a_multimodal_model(tmp_path, clips):
     store(storage, {f"clip {at}": clip for at, clip in enumerate(clips[:4])} | {"copy": brighter(clips[1])})
     held = rules(near_duplicates={"hash": None, "cosine": 0.995}, embedding={"model": "pack://shapes", "num_frames": 3})
     made = release(storage, "v1", rules=held)
+    assert made.selection["embedding"] == f"vision tower {content_sha256(resolve('pack://shapes', 'judge'))}"
     (cluster,) = made.selection["near_duplicates"]["largest"]
     assert {cluster["kept"], *cluster["removed"]} == {sample_id("clip 1"), sample_id("copy")}
 
