@@ -1,7 +1,8 @@
 """Which samples of a release stay where it is held to rules as a whole: no near-duplicates, no value above its cap.
 
 Best first, by the weighted mean of the scores that the rubric gives a weight, then by sample_id: the same dataset gives the
-same release. Near-duplicates go first, then caps. In memory are some 400 bytes a sample, and 512 more with embeddings.
+same release. Near-duplicates go first, then caps. In memory is less than a kilobyte a sample, and another with
+embeddings.
 """
 
 from __future__ import annotations

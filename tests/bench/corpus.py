@@ -68,13 +68,16 @@ def main() -> None:
 
     torch.set_num_threads(1)
     options = _arguments()
-    figures = _quality(options.clips, options.seed)
+    figures = _quality(options.clips, options.seed) if options.clips else []
     speed = _speed(options.samples, options.seed) if options.samples else {}
     if options.json:
         print(json.dumps({"figures": [each.as_dict() for each in figures], "search": speed}))
         return
-    print(f"{options.clips} clips of the shapes world and a copy of each; hash {BITS:g} of 64 bits, cosine {COSINE:g}")
-    print(table(figures))
+    if figures:
+        print(
+            f"{options.clips} clips of the shapes world and a copy of each; hash {BITS:g} of 64 bits, cosine {COSINE:g}"
+        )
+        print(table(figures))
     if speed:
         print(f"{options.samples:,} hashes: {speed['seconds']:.0f} CPU-seconds and {speed['gigabytes']:.2f} GB for all")
         print(
@@ -100,9 +103,9 @@ def _quality(count: int, seed: int) -> list[Figure]:
     by_cosine = vectors @ vectors.T >= COSINE
     figures = []
     ways = {
-        "baseline: ScoreMedia's check": _by_score_media(both),
+        "ScoreMedia": _by_score_media(both),
         "hash": by_hash,
-        "hash, luma alone": bits <= 3 * BITS,
+        "luma only": bits <= 3 * BITS,
         "embedding": by_cosine,
         "either": by_hash | by_cosine,
         "both": by_hash & by_cosine,
@@ -186,7 +189,7 @@ def _all_pairs(codes: np.ndarray) -> np.ndarray:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=400)
+    parser.add_argument("--clips", type=int, default=400, help="0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=1_000_000, help="hashes to search among; 0: none")
     parser.add_argument("--json", action="store_true", help="print JSON")
