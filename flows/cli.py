@@ -300,12 +300,28 @@ def release(
     pack: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Repack media into tars of this size, such as 512MB.")
     ] = None,
+    near_duplicates: Annotated[
+        float | None,
+        typer.Option(metavar="BITS", help="Drop samples whose perceptual hashes differ in at most so many bits of 64."),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Leave out what these releases have or nearly have: names, or all.")
+    ] = None,
+    cap: Annotated[
+        list[str] | None, typer.Option(metavar="BY=NUMBER", help="Most samples, or share (20%), of each value of BY.")
+    ] = None,
+    rules: Annotated[str | None, typer.Option(metavar="FILE", help="These and more as a YAML file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make an immutable, named selection of samples with their latest annotations."""
+    from flows.console import looking
     from pipelines.release import release as make_release
+    from pipelines.rules import read_rules
 
-    made = make_release(stored_dataset(dataset), name, where=where, pack_bytes=nbytes(pack))
+    worker_environment()
+    held_to = read_rules(rules, near_duplicates, against, cap)
+    with looking() as progress:
+        made = make_release(stored_dataset(dataset), name, where, nbytes(pack), held_to, progress)
     print(json.dumps(made.as_dict(), indent=2) if as_json else printable(made))
 
 

@@ -14,7 +14,7 @@ from infra.printable import printable
 from infra.telemetry import values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pipelines.dedup import RecordReport
     from pipelines.generate import Outcome, Progress, StopRequest
@@ -129,6 +129,17 @@ class Console:
         if self._live and self._width:
             print("\r" + " " * self._width + "\r", end="", file=sys.stderr)
             self._width = 0
+
+
+@contextmanager
+def looking() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for a command that looks at media in this process: told how many of how many; nothing elsewhere."""
+    from rich.console import Console as Terminal
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Terminal(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("looking at media", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def places(root: str) -> list[str]:

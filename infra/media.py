@@ -90,6 +90,25 @@ def decode(data: bytes, suffix: str) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def decode_at(data: bytes, suffix: str, positions: np.ndarray) -> np.ndarray:
+    """Some frames [k, H, W, 3] uint8 of a file, by their numbers, rising: no others are in memory. ValueError where there
+    are fewer."""
+    if suffix != "mp4":
+        return decode(data, suffix)[positions]
+    import av
+
+    wanted, found = set(positions.tolist()), []
+    with av.open(io.BytesIO(data)) as container:
+        for at, frame in enumerate(container.decode(video=0)):
+            if at in wanted:
+                found.append(frame.to_ndarray(format="rgb24"))
+            if len(found) == len(wanted):
+                break
+    if len(found) < len(wanted):
+        raise ValueError(f"frames: expected more than {int(positions[-1])}, found fewer")
+    return np.stack(found)
+
+
 def preview_strip(frames: np.ndarray, n: int = 4, height: int = 96) -> Encoded:
     """At most `n` evenly spaced frames of `frames` [T, H, W, 3] uint8, the first and last among them, as one webp.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -152,6 +153,23 @@ class Multimodal:
     ) -> list[Any]:
         """A value that `schema` describes for each clip, leaf by leaf (see structured.py): it needs no instruction."""
         return fill(self, frames, schema, max_new_tokens, temperature)
+
+    def embed(self, frames: np.ndarray) -> np.ndarray:
+        """What the vision tower sees in clips, float32 [n, d] of length 1: its tokens as the language model gets them,
+        averaged over places and frames. `frames` is uint8 [n, T, H, W, 3]. UserError for a family that gives none."""
+        import torch
+
+        inputs = self._inputs([(clip, "") for clip in frames])
+        features = getattr(self.model, "get_image_features", None)
+        if features is None:
+            raise UserError(f"embedding.model: {self.ref.path}: its family has no image features; give embedding.call")
+        images = {name: inputs[name] for name in inspect.signature(features).parameters if name in inputs}
+        with torch.inference_mode():
+            found = features(**images)
+            found = getattr(found, "pooler_output", found)
+            tokens = found if isinstance(found, torch.Tensor) else torch.cat([each.flatten(0, -2) for each in found])
+            pooled = tokens.float().reshape(len(frames), -1, tokens.shape[-1]).mean(dim=1)
+            return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
 
     def _answers(
         self, frames: np.ndarray, texts: list[list[str]], max_new_tokens: int | None, temperature: float = 0.0

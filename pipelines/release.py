@@ -2,6 +2,7 @@
 
     releases/<name>/<split>-<number>-<nonce>.parquet        rows, by split, so that readers of file names find the splits
     releases/<name>/media/<split>-<number>-<nonce>.tar      with `pack_bytes`: their media, copied into large tars
+    releases/<name>/report-<nonce>.html                     with `rules`: near-duplicates and caps, and what they removed
     releases/<name>/manifest.json                           what it was made from; without it there is no release
 
 The manifest is written last and only if there is none, so a release is there whole or not at all. What a writer that died
@@ -34,7 +35,11 @@ from infra.tables import Table
 from pipelines.choose import choose
 from pipelines.decisions import DECIDED, NONE, apply, read_decisions
 from pipelines.idset import IdSet
+from pipelines.release_report import write_report
 from pipelines.repack import File, Hashed, pack
+from pipelines.rules import Rules
+from pipelines.select import select, told
+from pipelines.signatures import Progress
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 DEFAULT_WHERE = "verdict = 'accepted'"
@@ -68,6 +73,8 @@ class Released:
     schema_version: int
     ditmill: str
     created_at: str
+    selection: Mapping[str, Any] | None = None
+    """What near-duplicates and caps have removed (see pipelines.select); None where the release was held to none."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,12 +83,21 @@ class Released:
         nbytes = sum(item["nbytes"] for item in self.files)
         splits = ", ".join(f"{count} {split}" for split, count in self.counts["split"].items())
         said = f"{self.folder}: {self.rows} samples ({splits}), {len(self.files)} files, {nbytes:,} bytes"
+        for line in told(self.selection or {}):
+            said += f"; {line}"
         if self.without_media:
             said += f"; {self.without_media} that were accepted later are left out: their media were not kept"
         return said
 
 
-def release(storage: Storage, name: str, where: str | None = None, pack_bytes: int | None = None) -> Released:
+def release(
+    storage: Storage,
+    name: str,
+    where: str | None = None,
+    pack_bytes: int | None = None,
+    rules: Rules | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Released:
     """Make the release `name`.
 
     Args:
@@ -90,6 +106,8 @@ def release(storage: Storage, name: str, where: str | None = None, pack_bytes: i
         where: an SQL condition on a release's columns (see pipelines.choose); left out, verdict = 'accepted'. Withdrawn
             samples are never in it.
         pack_bytes: copy the media into tars of about this many bytes; left out, rows refer to the shards of their runs.
+        rules: near-duplicates and caps that it is held to as a whole.
+        progress: told how many media were looked at for that, and of how many.
 
     UserError where the name is taken, the condition is wrong, or no sample meets it.
     """
@@ -106,7 +124,7 @@ def release(storage: Storage, name: str, where: str | None = None, pack_bytes: i
     pulse = Pulse(storage, new_run_id())
     try:
         with beating(pulse, "releasing", dict):
-            return _release(storage, name, where or DEFAULT_WHERE, pack_bytes, _nonce(pulse.run_id))
+            return _release(storage, name, where or DEFAULT_WHERE, pack_bytes, rules, progress, _nonce(pulse.run_id))
     finally:
         pulse.end()
 
@@ -142,9 +160,12 @@ class Snapshot:
         for batch in self._samples.to_batches(columns=columns):
             yield apply(batch, self._decisions)
 
-    def chosen(self, ids: IdSet) -> Iterator[tuple[pa.RecordBatch, int]]:
-        """Of those with these ids, the ones to release, and how many are left out because their media were not kept."""
-        for batch in self._samples.to_batches():
+    def chosen(self, ids: IdSet, columns: list[str] | None = None) -> Iterator[tuple[pa.RecordBatch, int]]:
+        """Of those with these ids, the ones to release, and how many are left out because their media were not kept.
+
+        `columns`, all where left out, are those that are read: sample_id, verdict and media among them.
+        """
+        for batch in self._samples.to_batches(columns=columns):
             batch = batch.filter(pa.array(ids.contains(batch.column("sample_id").to_pylist())))
             lost = pa.array(
                 [self._lost_media(row) for row in batch.select(["sample_id", "verdict", "media"]).to_pylist()]
@@ -157,7 +178,15 @@ class Snapshot:
         return all(item["role"] == "preview" for item in row["media"] or ())
 
 
-def _release(storage: Storage, name: str, where: str, pack_bytes: int | None, nonce: str) -> Released:
+def _release(
+    storage: Storage,
+    name: str,
+    where: str,
+    pack_bytes: int | None,
+    rules: Rules | None,
+    progress: Progress,
+    nonce: str,
+) -> Released:
     from pipelines.resolve import code_version
 
     _remove_leftovers(storage, name)
@@ -165,10 +194,13 @@ def _release(storage: Storage, name: str, where: str, pack_bytes: int | None, no
     chosen = choose(snapshot.batches, where)
     if len(chosen) == 0:
         raise UserError(f"where: no sample meets {where!r}; nothing was released")
+    selected = select(storage, snapshot, chosen, rules, progress) if rules else None
     writer = _Writer(storage, name, nonce, pack_bytes)
     try:
         without_media = 0
         for batch, lost in snapshot.chosen(chosen):
+            if selected is not None:
+                batch = batch.filter(pa.array(selected.ids.contains(batch.column("sample_id").to_pylist())))
             writer.add(batch)
             without_media += lost
         writer.close()
@@ -176,6 +208,8 @@ def _release(storage: Storage, name: str, where: str, pack_bytes: int | None, no
             raise UserError(
                 f"where: of the {without_media} samples that meet {where!r} no media were kept; nothing was released"
             )
+        if selected is not None:
+            writer.files.append(write_report(storage, snapshot, selected, name, f"{FOLDER}/{name}/report-{nonce}.html"))
         made = Released(
             name=name,
             folder=f"{FOLDER}/{name}",
@@ -191,6 +225,7 @@ def _release(storage: Storage, name: str, where: str, pack_bytes: int | None, no
             schema_version=SCHEMA_VERSION,
             ditmill=code_version(),
             created_at=datetime.now(UTC).isoformat(),
+            selection=None if selected is None else selected.said,
         )
         if not storage.create_bytes(_manifest(name), json.dumps(made.as_dict(), indent=1).encode()):
             raise _taken(name)

@@ -1,0 +1,420 @@
+"""Releases that are held to rules, of rendered clips and of copies of them that are nearly the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infra.commit import Committer, write_part
+from infra.errors import UserError
+from infra.media import decode, encode
+from infra.schema import SAMPLES
+from infra.shard import build_tar
+from infra.storage import Storage
+from infra.tables import Table
+from models.pack.grammar import sample_scenes
+from models.pack.world import render
+from models.source import content_sha256, resolve
+from pipelines import signatures
+from pipelines.annotate import withdraw
+from pipelines.release import Released, release
+from pipelines.rules import Rules, read_rules
+from pipelines.select import quality
+from pipelines.verify import verify
+
+VERDICT = "accepted"
+CLIPS = 12
+
+
+def shifted(frames: np.ndarray) -> np.ndarray:
+    return np.concatenate([frames[:, :, :1], frames[:, :, :-1]], axis=2)
+
+
+def brighter(frames: np.ndarray) -> np.ndarray:
+    return np.clip(frames.astype(int) + 10, 0, 255).astype(np.uint8)
+
+
+def again(frames: np.ndarray) -> np.ndarray:
+    return decode(encode(frames, 8.0, crf=28).data, "mp4")
+
+
+@pytest.fixture(scope="session")
+def clips() -> np.ndarray:
+    """Clips uint8 [12, 17, 64, 64, 3] of as many scenes."""
+    return render(sample_scenes(np.random.default_rng(1), CLIPS), range(CLIPS))
+
+
+def sample_id(name: str) -> str:
+    return hashlib.md5(name.encode()).hexdigest()
+
+
+def store(storage: Storage, clips: dict[str, np.ndarray], run: str = "a", **columns: Sequence[Any]) -> None:
+    """Rows with their media in one shard, by name; `score` is that of prompt_match."""
+    run_id = f"20260101t000000-{run * 6}"
+    encoded = {name: encode(frames, 8.0) for name, frames in clips.items()}
+    members = [(f"{sample_id(name)}.{one.suffix}", one.data) for name, one in encoded.items()]
+    data, places = build_tar(members)
+    shard = f"media/{run_id}/0.tar"
+    storage.write_bytes(shard, data)
+    scores = columns.pop("score", [0.5] * len(clips))
+    rows = []
+    for at, ((name, one), (member, content)) in enumerate(zip(encoded.items(), members, strict=True)):
+        offset, nbytes = places[member]
+        media = {"role": "video" if one.suffix == "mp4" else "image", "shard": shard, "member": member}
+        media |= {"offset": offset, "nbytes": nbytes, "mime": one.mime, "sha256": hashlib.sha256(content).hexdigest()}
+        frames, height, width, _ = clips[name].shape
+        rows.append(
+            {"sample_id": sample_id(name), "run_id": run_id, "verdict": VERDICT, "split": "train", "prompt": name}
+            | {"media": [media], "tensors": [], "num_frames": frames, "height": height, "width": width, "fps": 8.0}
+            | {"scores": [{"name": "motion", "value": 9.0}, {"name": "prompt_match", "value": scores[at]}], "cost": []}
+            | {column: value[at] for column, value in columns.items()}
+        )
+    committer = Committer(Table(storage, "samples"), run_id)
+    committer.commit([write_part(storage, f"samples/{run_id}-0.parquet", pa.Table.from_pylist(rows, SAMPLES))])
+
+
+def names(storage: Storage, made: Released) -> set[str]:
+    parts = [item["path"] for item in made.files if item["path"].endswith(".parquet")]
+    return {name for path in parts for name in pq.read_table(storage.path(path))["prompt"].to_pylist()}
+
+
+def rules(**said: Any) -> Rules:
+    return Rules.model_validate(said)
+
+
+NEAR = {"near_duplicates": {"hash": 6}}
+
+
+@pytest.mark.parametrize("change", [again, shifted, brighter])
+def test_of_copies_that_are_nearly_the_same_one_stays(tmp_path, clips, change):
+    storage = Storage(str(tmp_path))
+    originals = {f"clip {at}": clip for at, clip in enumerate(clips)}
+    store(storage, originals | {"copy": change(clips[4])})
+    made = release(storage, "v1", rules=rules(**NEAR))
+    assert made.rows == CLIPS
+    assert names(storage, made) >= originals.keys() - {"clip 4"}
+    (cluster,) = made.selection["near_duplicates"]["largest"]
+    assert {cluster["kept"], *cluster["removed"]} == {sample_id("clip 4"), sample_id("copy")}
+    assert cluster["kept"] == min(sample_id("clip 4"), sample_id("copy"))  # as good as each other
+    assert "1 near-duplicates removed in 1 clusters" in str(made)
+
+
+def test_equal_luma_in_other_colours_is_no_duplicate(tmp_path, clips):
+    storage = Storage(str(tmp_path))
+    grounds = np.zeros((2, 17, 64, 64, 3), np.uint8)
+    grounds[:, :, 20:44, 20:44] = np.array([[200, 40, 40], [40, 122, 40]])[:, None, None, None]
+    store(storage, {"red": grounds[0], "green": grounds[1]})
+    assert release(storage, "v1", rules=rules(near_duplicates={"hash": 12})).rows == 2
+
+
+def test_the_best_of_a_cluster_stays(tmp_path, clips):
+    storage = Storage(str(tmp_path))
+    copies = {f"copy {at}": clip for at, clip in enumerate((clips[0], again(clips[0]), brighter(clips[0])))}
+    store(storage, copies, score=[0.4, 0.9, 0.7])
+    assert names(storage, release(storage, "v1", rules=rules(**NEAR))) == {"copy 1"}
+    withdraw(storage, [sample_id("copy 1")], "")
+    assert names(storage, release(storage, "v2", rules=rules(**NEAR))) == {"copy 2"}
+    by_motion = rules(**NEAR, rank={"motion": 1.0})
+    least = min(("copy 0", "copy 2"), key=sample_id)  # motion is the same of all
+    assert names(storage, release(storage, "v3", rules=by_motion)) == {least}
+
+
+def test_images_are_compared_too(tmp_path, clips):
+    storage = Storage(str(tmp_path))
+    stills = clips[:6, :1]
+    store(storage, {f"still {at}": still for at, still in enumerate(stills)} | {"copy": brighter(stills[2])})
+    assert release(storage, "v1", rules=rules(**NEAR)).rows == 6
+
+
+def test_earlier_releases_are_left_out_with_what_is_near_them(tmp_path, clips):
+    storage = Storage(str(tmp_path))
+    store(storage, {"first": clips[0], "second": clips[1]})
+    v1 = release(storage, "v1", pack_bytes=10**9)
+    store(storage, {"first again": again(clips[0]), "third": clips[2]}, "b", score=[1.0, 1.0])
+    assert names(storage, release(storage, "both", rules=rules(**NEAR))) == {"first again", "second", "third"}
+    made = release(storage, "v2", rules=rules(**NEAR, against=["v1"]))
+    assert names(storage, made) == {"third"}
+    near = made.selection["near_duplicates"]
+    assert (near["removed"], near["of_earlier_releases"], near["in_earlier_releases"]) == (1, 1, 2)
+    assert near["largest"] == [
+        {"kept": sample_id("first"), "release": "v1", "count": 1, "removed": [sample_id("first again")]}
+    ]
+    with pytest.raises(UserError, match="nothing is left of it"):
+        release(storage, "v3", rules=rules(**NEAR, against="all"))
+    with pytest.raises(UserError, match=r"'v9'.*there are: v1, both, v2"):
+        release(storage, "v3", rules=rules(**NEAR, against=["v9"]))
+    assert names(storage, v1) == {"first", "second"}
+    assert [found.kind for found in verify(storage) if found.kind.startswith("release")] == []
+
+
+def test_signatures_are_computed_once(tmp_path, clips):
+    storage = Storage(str(tmp_path))
+    store(storage, {f"clip {at}": clip for at, clip in enumerate(clips[:5])})
+    seen: list[tuple[int, int]] = []
+    first = release(storage, "v1", rules=rules(**NEAR), progress=lambda *at: seen.append(at))
+    assert seen[-1] == (5, 5)
+    store(storage, {"new": clips[6], "a copy, byte by byte": clips[0]}, "b")
+    seen.clear()
+    second = release(storage, "v2", rules=rules(**NEAR), progress=lambda *at: seen.append(at))
+    assert seen == [(1, 1)]
+    shutil.rmtree(Path(storage.path("cache")))
+    third = release(storage, "v3", rules=rules(**NEAR))
+    assert third.selection == second.selection
+    assert names(storage, third) == names(storage, second)
+    assert (first.rows, second.rows) == (5, 6)
+
+
+def test_media_that_cannot_be_read_stay_and_are_counted(tmp_path, clips):
+    storage = Storage(str(tmp_path))
+    store(storage, {"whole": clips[0], "broken": clips[0], "other": clips[1]})
+    shard = "media/20260101t000000-aaaaaa/0.tar"
+    store(storage, {"another": clips[0]}, "b")
+    data = bytearray(storage.read_bytes(shard))
+    data[data.rindex(b"mdat") + 40] ^= 1  # of "other", the last
+    storage.write_bytes(shard, bytes(data))
+    made = release(storage, "v1", rules=rules(**NEAR))
+    assert made.rows == 2
+    assert made.selection["not_compared"]["samples"] == 1
+    assert "sha256" in made.selection["not_compared"]["why"][0]
+    assert "1 could not be compared" in str(made)
+
+
+def test_caps_keep_the_best_of_each_value(tmp_path, clips):
+    storage = Storage(str(tmp_path))
+    store(
+        storage,
+        {f"clip {at}": clip for at, clip in enumerate(clips[:6])},
+        score=[0.1, 0.9, 0.5, 0.7, 0.3, 0.2],
+        tags=[["a"], ["a"], ["a", "b"], ["b"], None, ["b"]],
+        caption=["a Red cat", "a red dog", "a blue cat", "red, red", "nothing", ""],
+        captions=[
+            [{"style": "short", "text": text}, {"style": "structured", "text": json.dumps({"shape": shape})}]
+            for text, shape in zip(
+                ["a Red cat", "a red dog", "a blue cat", "red, red", "nothing", ""], "ooxxoo", strict=True
+            )
+        ],
+        extra_json=[json.dumps({"category": kind, "rank": 3}) for kind in "ppqqqq"],
+        model=["m"] * 6,
+    )
+
+    def kept(number: int, *caps: dict[str, Any]) -> set[int]:
+        made = release(storage, f"v{number}", rules=rules(caps=caps))
+        return {int(name.removeprefix("clip ")) for name in names(storage, made)}
+
+    assert kept(1, {"by": "tags", "most": 1}) == {1, 3, 4}
+    assert kept(2, {"by": "extra.category", "most": 2}) == {0, 1, 2, 3}
+    assert kept(3, {"by": "structured.shape", "most": 1}) == {1, 3}
+    assert kept(4, {"words": ["red", "CAT"], "most": 1}) == {1, 2, 4, 5}
+    assert kept(5, {"by": "floor(score.prompt_match * 2)", "most": 1}) == {1, 4}
+    assert kept(6, {"by": "model", "most": 3}, {"by": "tags", "most": 1}) == {1, 3, 4}
+    assert kept(7, {"by": "extra.category", "share": 0.5}) == {0, 1, 2, 3}
+
+
+def colour(frames: np.ndarray) -> np.ndarray:
+    """An embedding: the mean colour."""
+    return frames.reshape(len(frames), -1, 3).mean(axis=1) + 1.0
+
+
+@pytest.fixture
+def own_code(monkeypatch: pytest.MonkeyPatch) -> str:
+    import sys
+    import types
+
+    module = types.ModuleType("own_embedding")
+    module.colour = colour
+    module.words = lambda frames: ["no"] * len(frames)
+    module.nothing = lambda frames: np.full((len(frames), 2), np.nan)
+    monkeypatch.setitem(sys.modules, "own_embedding", module)
+    return "own_embedding"
+
+
+def plain(*shades: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        f"clip {at}": np.clip(np.array(shade) + rng.integers(-3, 4, (5, 32, 32, 3)), 0, 255).astype(np.uint8)
+        for at, shade in enumerate(shades)
+    }
+
+
+REDS, BLUES = [(200, 10, 10), (180, 8, 8), (120, 6, 6)], [(10, 10, 200)]
+
+
+def test_embeddings_of_your_own_code(tmp_path, own_code):
+    storage = Storage(str(tmp_path))
+    store(storage, plain(*REDS, *BLUES), score=[0.1, 0.9, 0.2, 0.3])
+    embedding = {"call": f"{own_code}:colour", "version": "1"}
+    near = {"hash": None, "cosine": 0.99}
+    made = release(storage, "v1", rules=rules(near_duplicates=near, embedding=embedding))
+    assert names(storage, made) == {"clip 1", "clip 3"}
+    both = {"hash": 0, "cosine": 0.99, "match": "both"}
+    assert release(storage, "v2", rules=rules(near_duplicates=both, embedding=embedding)).rows == 4
+
+
+def test_topics_are_capped(tmp_path, own_code):
+    storage = Storage(str(tmp_path))
+    store(storage, plain(*REDS, *BLUES), score=[0.1, 0.9, 0.2, 0.3])
+    held = rules(caps=[{"by": "topic", "most": 2}], topics=2, embedding={"call": f"{own_code}:colour", "version": "1"})
+    made = release(storage, "v1", rules=held)
+    assert names(storage, made) == {"clip 1", "clip 2", "clip 3"}
+    assert [topic["samples"] for topic in made.selection["topics"]] == [3, 1]
+    assert made.selection["caps"][0]["values"] == [
+        {"value": "1", "before": 3, "after": 2},
+        {"value": "2", "before": 1, "after": 1},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("own_embedding:words", "embedding: own_embedding:words@1: expected"),
+        ("own_embedding:nothing", "expected 2 vectors of finite numbers"),
+        ("own_embedding:none", "embedding.call: own_embedding:none: cannot be imported"),
+    ],
+)
+def test_embeddings_that_are_none_are_refused(tmp_path, own_code, call, said):
+    storage = Storage(str(tmp_path))
+    store(storage, plain(*REDS[:2]))
+    held = rules(near_duplicates={"cosine": 0.9}, embedding={"call": call, "version": "1"})
+    with pytest.raises(UserError, match=said):
+        release(storage, "v1", rules=held)
+    assert list(storage.files("releases")) == []
+
+
+def test_the_vision_tower_of_a_multimodal_model(tmp_path, clips):
+    storage = Storage(str(tmp_path))
+    store(storage, {f"clip {at}": clip for at, clip in enumerate(clips[:4])} | {"copy": brighter(clips[1])})
+    held = rules(near_duplicates={"hash": None, "cosine": 0.995}, embedding={"model": "pack://shapes", "num_frames": 3})
+    made = release(storage, "v1", rules=held)
+    assert made.selection["embedding"] == f"vision tower {content_sha256(resolve('pack://shapes', 'judge'))}"
+    (cluster,) = made.selection["near_duplicates"]["largest"]
+    assert {cluster["kept"], *cluster["removed"]} == {sample_id("clip 1"), sample_id("copy")}
+
+
+def test_long_embeddings_are_projected_and_keep_their_angles():
+    rng = np.random.default_rng(0)
+    one, noise = rng.standard_normal((2, 3000))
+    pairs = np.stack([one, one + 0.1 * noise, noise]).astype(np.float32)
+    kind = signatures.EmbeddingKind(lambda frames: pairs, "1")
+    found = signatures.embeddings(
+        np.stack([np.frombuffer(value, np.uint8) for value in kind.compute([np.zeros((1, 2, 2, 3), np.uint8)] * 3)])
+    ).astype(np.float32)
+    assert found.shape == (3, 256)
+    exact = pairs / np.linalg.norm(pairs, axis=1, keepdims=True)
+    assert found[0] @ found[1] == pytest.approx(exact[0] @ exact[1], abs=0.005)
+    assert found[0] @ found[2] == pytest.approx(exact[0] @ exact[2], abs=0.25)
+
+
+def test_the_report_shows_clusters_and_caps(tmp_path, clips):
+    storage = Storage(str(tmp_path))
+    hostile = "<script>alert(1)</script>"
+    store(storage, {"a": clips[0], hostile: again(clips[0]), "b": clips[1]}, tags=[["x"], ["x"], [hostile]])
+    made = release(storage, "v1", rules=rules(**NEAR, caps=[{"by": "tags", "most": 1}]))
+    (path,) = [item["path"] for item in made.files if item["path"].endswith(".html")]
+    page = storage.read_bytes(path).decode()
+    assert page.count("data:image/webp") == 2
+    assert hostile not in page
+    assert "&lt;script&gt;" in page
+    assert "1 removed in 1 clusters" in page
+    assert json.loads(storage.read_bytes("releases/v1/manifest.json"))["selection"]["kept"] == 2
+
+
+def test_quality_is_the_weighted_mean_of_what_was_asked():
+    scores = [{"name": "motion", "value": 9.0}, {"name": "good", "value": 0.5}, {"name": "better", "value": 0.8}]
+    assert quality(scores, {"good": 1.0, "better": 2.0, "absent": 5.0}) == pytest.approx(0.7)
+    assert quality(scores, {}) == pytest.approx(0.65)
+    assert quality(None, {"good": 1.0}) < quality([{"name": "good", "value": 0.0}], {"good": 1.0})
+
+
+def test_weights_are_those_of_the_newest_runs_rubric(dataset):
+    from pipelines.select import rank_weights
+
+    weights = rank_weights(dataset(accepted=2, rejected=0))
+    assert weights == {"prompt_match": 2.0, "no_artefacts": 1.0, "motion_smooth": 1.0}
+    with pytest.raises(UserError, match="give the weights of scores as `rank`"):
+        rank_weights(dataset(accepted=2, rejected=0, spec={"judge": {"rubric": "gone.yaml"}}))
+    assert rank_weights(dataset(accepted=2, rejected=0, spec={"judge": {"backend": "none"}})) == {}
+
+
+# ---- the rules
+
+
+def test_options_stand_in_for_keys_of_the_file(tmp_path):
+    path = tmp_path / "rules.yaml"
+    path.write_text("near_duplicates: {hash: 3, cosine: 0.9}\nembedding: {model: x}\ncaps: [{by: tags, most: 1}]\n")
+    found = read_rules(str(path), bits=5, against="v1,v2", caps=["a = 'b'=20%", "model=7"])
+    assert found.near_duplicates.model_dump() == {"hash": 5, "cosine": 0.9, "match": "either"}
+    assert found.against == ("v1", "v2")
+    assert [(cap.by, cap.most, cap.share) for cap in found.caps] == [
+        ("tags", 1, None),
+        ("a = 'b'", None, 0.2),
+        ("model", 7, None),
+    ]
+    assert not read_rules()
+
+
+@pytest.mark.parametrize(
+    ("said", "refusal"),
+    [
+        ("near_duplicates: {hash: 99}", "near_duplicates.hash"),
+        ("near_duplicates: {bits: 9}", "near_duplicates.bits: unknown key"),
+        ("near_duplicates: {cosine: 0.9}", "cosine and topic need an embedding"),
+        ("caps: [{by: topic, most: 3}]", "cosine and topic need an embedding"),
+        ("caps: [{by: tags}]", "expected most or share"),
+        ("against: [v1]", "against needs near_duplicates"),
+        ("embedding: {call: 'a:b'}", "call needs a version"),
+        ("[1, 2]", "expected near_duplicates or caps, found list"),
+        ("caps: [", "is not YAML"),
+    ],
+)
+def test_rules_that_are_wrong_are_refused(tmp_path, said, refusal):
+    path = tmp_path / "rules.yaml"
+    path.write_text(said)
+    with pytest.raises(UserError, match=refusal):
+        read_rules(str(path))
+
+
+@pytest.mark.parametrize("cap", ["tags", "=5", "tags=", "tags=-1", "tags=x"])
+def test_a_cap_that_is_none_is_refused(cap):
+    with pytest.raises(UserError, match="--cap: expected BY=NUMBER"):
+        read_rules(caps=[cap])
+
+
+@pytest.mark.parametrize(
+    ("by", "said"),
+    [
+        ("nothing", "cap: 'nothing': No field named nothing"),
+        ("score.nothing", "no sample has a score 'nothing'"),
+        ("1 = 1) FROM samples --", "cap: "),
+    ],
+)
+def test_caps_by_what_there_is_not_are_refused_in_one_line(tmp_path, clips, by, said):
+    storage = Storage(str(tmp_path))
+    store(storage, {"a": clips[0]})
+    with pytest.raises(UserError, match=said) as error:
+        release(storage, "v1", rules=rules(caps=[{"by": by, "most": 1}]))
+    assert "\n" not in str(error.value)
+    assert list(storage.files("releases")) == []
+
+
+def test_made_as_the_stages_make_it(generated: Callable[..., Any]):
+    """Rows, media and runs of a real run: a copy of its rows under other ids are its near-duplicates."""
+    storage = generated().storage
+    rows = Table(storage, "samples").read().to_pylist()
+    copies = [row | {"sample_id": sample_id(row["sample_id"]), "run_id": "20260101t000000-dddddd"} for row in rows]
+    committer = Committer(Table(storage, "samples"), "20260101t000000-dddddd")
+    part = write_part(storage, "samples/20260101t000000-dddddd-0.parquet", pa.Table.from_pylist(copies, SAMPLES))
+    committer.commit([part])
+    plainly = release(storage, "v1")
+    made = release(storage, "v2", rules=rules(near_duplicates={"hash": 0}))
+    assert plainly.rows == 8
+    assert made.rows == made.selection["near_duplicates"]["removed"] == 4
+    assert [found for found in verify(storage) if found.kind == "release_changed"] == []
