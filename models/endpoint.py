@@ -73,8 +73,9 @@ class Endpoint:
     def p_yes(self, frames: np.ndarray, questions: list[list[str]]) -> np.ndarray:
         """The probability of "yes" over "yes" and "no", however they are spelled, at the first position of the answer.
 
-        `frames` is uint8 [n, T, H, W, 3] (images: T = 1), `questions` holds q texts for each clip. Returns
-        float32 [n, q]; NaN where neither is among the 20 likeliest tokens, or an answer came without their probabilities.
+        `frames` is uint8 [n, T, H, W, 3] (images: T = 1), `questions` holds at most q texts for each clip. Returns
+        float32 [n, q]; NaN where neither is among the 20 likeliest tokens, or an answer came without their probabilities, and
+        beyond a clip's own texts.
         """
         parameters = {"temperature": 0, "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
         task = _Task(parameters, self._p_yes, _is_probability)
@@ -84,7 +85,9 @@ class Endpoint:
                 f"{self.ref.section}.model: {self.ref.name} gives no logprobs, from which P(yes) is computed; choose a model"
                 " that gives them"
             )
-        return np.array(found, dtype=np.float32).reshape(len(frames), len(questions[0]) if questions else 0)
+        longest = max(map(len, questions), default=0)
+        padded = [[*row, *[None] * (longest - len(row))] for row in found]
+        return np.array(padded, dtype=np.float32).reshape(len(frames), longest)
 
     def caption(self, frames: np.ndarray, instructions: list[str], max_new_tokens: int) -> list[list[str]]:
         """Answers to each instruction at temperature 0, for each clip: n lists of len(instructions) texts.

@@ -109,13 +109,13 @@ class Multimodal:
     def p_yes(self, frames: np.ndarray, questions: list[list[str]]) -> np.ndarray:
         """The probability of "Yes" over "Yes" and "No" at the first position of the answer.
 
-        `frames` is uint8 [n, T, H, W, 3] (images: T = 1), `questions` holds q texts for each clip. Returns
-        float32 [n, q]; NaN where the model's logits are not finite. Raises ValueError where a question and the frames
-        are more than the model reads.
+        `frames` is uint8 [n, T, H, W, 3] (images: T = 1), `questions` holds at most q texts for each clip. Returns
+        float32 [n, q]; NaN where the model's logits are not finite, and beyond a clip's own texts. Raises ValueError where a
+        question and the frames are more than the model reads.
         """
         import torch
 
-        found = np.zeros((len(frames), len(questions[0]) if questions else 0), dtype=np.float32)
+        found = np.full((len(frames), max(map(len, questions), default=0)), np.nan, dtype=np.float32)
         for places, logits in self._answers(frames, questions, None):
             pair = torch.stack([torch.logsumexp(logits[:, ids], dim=-1) for ids in (self._yes, self._no)], dim=-1)
             found[tuple(np.transpose(places))] = torch.softmax(pair, dim=-1)[:, 0].cpu().numpy()
