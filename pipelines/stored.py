@@ -12,7 +12,20 @@ from pipelines.resolve import Resolved
 from stages.batch import Batch, texts
 from stages.read import SUFFIXES
 
-COLUMNS = ("sample_id", "prompt", "height", "width", "num_frames", "model_sha256", "adapters", "media", "tensors")
+COLUMNS = (
+    "sample_id",
+    "prompt",
+    "negative_prompt",
+    "tags",
+    "extra_json",
+    "height",
+    "width",
+    "num_frames",
+    "model_sha256",
+    "adapters",
+    "media",
+    "tensors",
+)
 """What of `samples` a batch is made from."""
 
 Row = Mapping[str, Any]
@@ -62,6 +75,9 @@ class StoredBatches:
         columns: Batch = {
             "sample_id": texts([row["sample_id"] for row, _ in group]),
             "prompt": texts([row["prompt"] or "" for row, _ in group]),
+            "negative_prompt": texts([row["negative_prompt"] or "" for row, _ in group]),
+            "tags": texts([json.dumps(row["tags"] or []) for row, _ in group]),
+            "extra": texts([row["extra_json"] or "{}" for row, _ in group]),
             "source": texts([json.dumps(source) for _, source in group]),
             "generator": np.full(len(group), generator or 0, np.int64),
             "batch_index": np.zeros(len(group), np.int64),
