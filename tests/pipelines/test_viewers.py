@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import UserError
@@ -17,11 +20,14 @@ from pipelines import calibrate
 from pipelines.annotate_stored import Captioning, Judging
 from pipelines.calibrate import Calibration
 from pipelines.decisions import NONE
+from pipelines.enumeration import planned_batch
 from pipelines.placement import place
 from pipelines.plan import make_plan
 from pipelines.recipes import RECIPES
 from pipelines.resolve import Resolved, resolve_spec
-from pipelines.spec import Spec, parse_spec
+from pipelines.spec import Prompts, Spec, parse_spec
+from stages.actor import run_stage
+from stages.batch import load_json
 from stages.caption import CaptionMedia
 from stages.decompose import DecomposePrompts
 from stages.delivery import paths_of
@@ -161,6 +167,29 @@ def test_what_nothing_is_asked_of_needs_no_model(spec: Spec, tmp_path: Path) -> 
     row |= {"num_frames": 1, "negative_prompt": None, "tags": None, "extra_json": None}
     (verdict,) = judging.without_model(row, NONE) or ()
     assert verdict["value"] == "accepted"
+
+
+def test_facts_go_with_a_sample_from_its_prompt_to_its_row(spec: Spec, tmp_path: Path) -> None:
+    """Through all stages of a run, in this process."""
+    code = {"call": "models.pack.decompose:decompose", "version": "1"}
+    run = judged(spec, rubric=["default", "prompt_match"], decompose=code)
+    run = replace(run, spec=run.spec.model_copy(update={"prompts": Prompts(inline=("a red circle",))}))
+    data = planned_batch(calibrate._planned(run, list(calibrate._first(run, 1))), 0, {})
+    recipe = RECIPES["synthetic"]
+    for stage in (*recipe.generating(run), *recipe.judging(run)):
+        stage.load()
+        data, _ = run_stage(stage, data)
+    (result,) = load_json(data["result"])
+    (part,) = (part for part in result["parts"] if part["table"] == "samples")
+    (row,) = pq.read_table(io.BytesIO(run.storage.read_bytes(part["path"]))).to_pylist()
+    facts = json.loads(row["extra_json"])["decomposed"]
+    assert [fact["question"].split('"')[1] for fact in facts] == ["a circle", "a red circle"]
+    scores = {item["name"]: item["value"] for item in row["scores"]}
+    assert scores["decomposed"] == pytest.approx(min(fact["p_yes"] for fact in facts))
+    assert row["rubric"].startswith("default+prompt_match@") and row["rubric"] == run.rubric_id
+    assert "tags_match" not in scores and "subjects_match" in scores
+    verdict = Judging(run).without_model(row, NONE)
+    assert verdict == [], "what it was asked is known, and decided as before"
 
 
 @pytest.mark.parametrize(
