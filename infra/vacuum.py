@@ -64,7 +64,7 @@ def _unreferenced(storage: Storage, any_live: bool) -> Iterator[str]:
         plans = list(storage.files("plans"))
         used = set(Table(storage, "runs").read(["plan_file"])["plan_file"].to_pylist()) if plans else set()
         yield from (name for name in plans if name not in used)
-    for folder in ("", "control", "report", "cache/answers", "cache/signatures"):
+    for folder in ("", "control", "report", "cache/answers", "cache/questions", "cache/signatures"):
         for name in storage.files(folder, recursive=folder == "cache/signatures"):
             if HALF_WRITTEN.search(name) or (folder == "control" and name.endswith(".stop")):
                 yield name

@@ -1,4 +1,4 @@
-"""Prompt expansion by a causal language model of transformers, in process."""
+"""Prompt expansion and other answers by a causal language model of transformers, in process."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class LanguageRef:
     dtype: str = "auto"  # bfloat16 on an accelerator, float32 on a CPU
     device: str = "auto"
     revision: str | None = None
+    key: str = "prompts.expand.model"  # of the spec, for messages
 
 
 @functools.cache
@@ -67,10 +68,10 @@ class Language:
                 )
             except Exception as error:
                 raise UserError(
-                    f"prompts.expand.model: {ref.path}: cannot be loaded as a language model ({explain(error)}); "
+                    f"{ref.key}: {ref.path}: cannot be loaded as a language model ({explain(error)}); "
                     "expected a checkpoint for transformers' AutoModelForCausalLM"
                 ) from error
-        refuse_missing(info["missing_keys"], "prompts.expand.model", ref.path)
+        refuse_missing(info["missing_keys"], ref.key, ref.path)
         self.model = model.to(self.device).eval()
         self.cuts = _cuts(self.model.generation_config)
         self.context = min(
@@ -102,6 +103,20 @@ class Language:
             for (at, variant), answer in zip(chunk, answers, strict=True):
                 expansions[at][variant] = clean(answer) or prompts[at]
         return expansions
+
+    def answer(self, prompts: list[str], instruction: str, max_new_tokens: int) -> list[str]:
+        """The greedy answer to `instruction`, which contains {prompt}, for each prompt, as it was written but for thoughts.
+
+        Empty for a prompt that is longer than the model reads.
+        """
+        conversations = [self._tokens(instruction, prompt) for prompt in prompts]
+        lengths = [len(tokens) + max_new_tokens for tokens in conversations]
+        answers = [""] * len(prompts)
+        for chunk in _chunks([(at, 0) for at, length in enumerate(lengths) if length <= self.context], lengths):
+            found = self._answer([conversations[at] for at, _ in chunk], 0, np.zeros((len(chunk), max_new_tokens)))
+            for (at, _), text in zip(chunk, found, strict=True):
+                answers[at] = _THOUGHT.sub(" ", text).strip()
+        return answers
 
     def _tokens(self, instruction: str, prompt: str) -> list[int]:
         text = instruction.replace("{prompt}", plain_text(prompt, self._control))

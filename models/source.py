@@ -30,16 +30,22 @@ _KEYS = {
     "generator": "generators.model",
     "judge": "judge.model",
     "expander": "prompts.expand.model",
+    "decomposer": "judge.decompose.model",
     "adapter": "generators.adapters.uri",
 }
-_INDEX = {"generator": "model_index.json", "judge": "config.json", "expander": "config.json"}
+_INDEX = {
+    "generator": "model_index.json",
+    "judge": "config.json",
+    "expander": "config.json",
+    "decomposer": "config.json",
+}
 
 
 def resolve(uri: str, part: str, revision: str | None = None) -> str:
     """Local path of a model: a folder, or for `part='adapter'` also one safetensors file.
 
     `uri` is pack://NAME, a local path, an fsspec URL (fetched once into the cache) or a hub id; `part` is generator,
-    judge, expander or adapter. A UserError names the key of the spec that is wrong.
+    judge, expander, decomposer or adapter. A UserError names the key of the spec that is wrong.
     """
     key = _KEYS[part]
     if uri.startswith("pack://"):

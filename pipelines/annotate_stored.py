@@ -32,6 +32,7 @@ from stages.batch import Batch, Stage, WorldFault, size
 from stages.decode import DecodeLatents
 from stages.judge import JudgeQuality
 from stages.read import ReadMedia
+from stages.rubric import parts_of
 from stages.score import ScoreMedia
 
 PART_ROWS = 20_000
@@ -59,7 +60,16 @@ class Judging:
     """Verdicts by the bounds of the spec's `score`, then by its judge."""
 
     kind: str = "judge"
-    columns: tuple[str, ...] = ("verdict", "reasons", "judge", "rubric", "scores")
+    columns: tuple[str, ...] = (
+        "verdict",
+        "reasons",
+        "judge",
+        "rubric",
+        "scores",
+        "negative_prompt",
+        "tags",
+        "extra_json",
+    )
 
     def __init__(self, run: Resolved) -> None:
         self.annotator = Annotator(run.storage, run.run_id, run.judge_name or SCORE, run.rubric_id, run.asked)
@@ -82,13 +92,14 @@ class Judging:
             *_, judge = self._stages
             assert isinstance(judge, JudgeQuality)
             answers = self._answers.of(row)
-            settled = judge.settle(answers, row["num_frames"])
+            parts = parts_of(row["negative_prompt"] or "", row["tags"] or (), json.loads(row["extra_json"] or "{}"))
+            settled = judge.settle(answers, row["num_frames"], parts)
             if settled is None:
                 return None
             _, reasons = settled
         verdict = "rejected" if reasons else "accepted"
         if decision.verdict:
-            known = (decision.verdict, list(decision.reasons), decision.decided_by, decision.rubric.partition("+")[0])
+            known = (decision.verdict, list(decision.reasons), decision.decided_by, decision.rubric.rpartition("+")[0])
         else:
             known = (row["verdict"], list(row["reasons"] or ()), row["judge"] or SCORE, asked(row))
         if known == (verdict, reasons, self.annotator.name, self.annotator.asked):

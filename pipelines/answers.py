@@ -36,4 +36,4 @@ class Answers:
 
 def asked(row: dict[str, Any]) -> str:
     """What was asked of a row's judge, as `Resolved.asked`."""
-    return str(row["rubric"] or "").partition("+")[0]
+    return str(row["rubric"] or "").rpartition("+")[0]

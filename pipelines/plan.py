@@ -191,6 +191,8 @@ def _models(spec: Spec) -> dict[tuple[str, str | None], None]:
     for section in (spec.judge, spec.judge.screen, spec.caption):
         if section is not None and section.backend == "transformers":
             named.append((section.model, section.revision))
+    if (decompose := spec.judge.decompose) is not None and decompose.model is not None:
+        named.append((decompose.model, decompose.revision))
     if spec.prompts.expand is not None:
         named.append((spec.prompts.expand.model, spec.prompts.expand.revision))
     return dict.fromkeys(named)

@@ -48,7 +48,10 @@ def named_urls(spec: Spec) -> Iterator[tuple[str, str]]:
         yield f"generators.{at}.model", generator.model
         for number, adapter in enumerate(generator.adapters):
             yield f"generators.{at}.adapters.{number}.uri", adapter.uri
-    yield "judge.rubric", spec.judge.rubric
+    for name in [spec.judge.rubric] if isinstance(spec.judge.rubric, str) else spec.judge.rubric:
+        yield "judge.rubric", name
+    if spec.judge.decompose is not None and spec.judge.decompose.model is not None:
+        yield "judge.decompose.model", spec.judge.decompose.model
     for name, bar in spec.judge.thresholds.items():
         if not isinstance(bar, float) and bar.labels is not None:
             yield f"judge.thresholds.{name}.labels", bar.labels

@@ -30,7 +30,7 @@ SPREAD_LIMIT = 100_000
 MEDIA_SCORES = frozenset(MEASURED)
 """Scores of ScoreMedia: a sample with any other score was seen by the judge or its screen."""
 
-AFTER_MEDIA = ("screen", "judge", "caption", "write")
+AFTER_MEDIA = ("decompose", "screen", "judge", "caption", "write")
 """Stages that only samples reach which passed ScoreMedia."""
 
 COUNTED = ("sample_id", "run_id", "verdict", "reasons", "scores", "cost", "created_at")

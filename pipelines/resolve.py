@@ -15,6 +15,7 @@ from uuid import uuid4
 from infra.errors import UserError
 from infra.storage import Storage
 from models.endpoint_client import EndpointRef
+from models.facts import Score
 from models.families import family_of
 from models.language import LanguageRef
 from models.licences import Licence, licence_of
@@ -25,16 +26,18 @@ from models.parallel.degrees import Degrees, check_attention, check_layout
 from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
 from models.viewer import ViewerRef
+from pipelines.decomposer import decomposer_of
 from pipelines.identity import generator_id
 from pipelines.operating_point import OperatingPoint
 from pipelines.spec import Spec, absolute_paths
-from pipelines.viewers import Judge, Viewer
+from pipelines.viewers import Viewer
 from stages.batch import Stage
 from stages.caption import CaptionMedia
 from stages.caption_schema import load_schema
+from stages.decompose import DecomposePrompts
 from stages.expand import ExpandPrompts
 from stages.judge import JudgeQuality
-from stages.rubric import Rubric, check_thresholds, load_rubric
+from stages.rubric import Rubric, check_screen, check_thresholds, load_rubric, with_decomposed
 from stages.score import ScoreMedia
 from stages.screen import ScreenQuality
 from stages.write import GeneratorFacts, WriteShards
@@ -62,6 +65,7 @@ class Resolved:
     facts: tuple[GeneratorFacts, ...]
     generator_ids: tuple[str, ...]
     rubric: Rubric
+    decomposer: DecomposePrompts | None
     judge: ViewerRef | None
     screen: ViewerRef | None
     captioner: ViewerRef | None
@@ -75,11 +79,12 @@ class Resolved:
         return replace(self, run_id=new_run_id())
 
     def scoring(self) -> tuple[Stage, ...]:
-        """ScoreMedia and, unless the spec has none, the judge, with the screen before it if there is one."""
+        """ScoreMedia and, unless the spec has none, the judge, with what decomposes prompts and the screen before it."""
         spec = self.spec
         score: Stage = ScoreMedia(**spec.score.model_dump())
         if spec.judge.backend == "none":
             return (score,)
+        facts: Score = spec.judge.decompose.score if spec.judge.decompose else "mean"
         screen = None
         if spec.judge.screen is not None and self.screen is not None:
             screen = ScreenQuality(
@@ -87,6 +92,7 @@ class Resolved:
                 model=self.screen,
                 reject=spec.judge.screen.reject,
                 accept=spec.judge.screen.accept,
+                facts=facts,
                 num_frames=spec.judge.screen.num_frames,
                 threads=spec.layout.threads,
             )
@@ -97,11 +103,13 @@ class Resolved:
             call=spec.judge.call,
             version=spec.judge.version,
             thresholds=tuple(sorted(spec.judge.bars.items())),
+            facts=facts,
             num_frames=spec.judge.num_frames,
             threads=spec.layout.threads,
             screen=screen,
         )
-        return (score, judge) if screen is None else (score, screen, judge)
+        decomposer = self.decomposer and replace(self.decomposer, cache=self.storage)
+        return tuple(stage for stage in (score, decomposer, screen, judge) if stage is not None)
 
     def captioning(self) -> tuple[Stage, ...]:
         caption = self.spec.caption
@@ -153,6 +161,8 @@ class Resolved:
                 shown += f"/{tier.num_frames}" + (f"/{tier.token_drop}" if tier.token_drop else "")
         if judge.screen is not None and judge.screen.questions:
             shown += f"/{self.rubric.only(judge.screen.questions).questions_sha256}"
+        if self.decomposer is not None and judge.decompose is not None:
+            shown += f"/{self.decomposer.fingerprint}/{judge.decompose.score}"
         return f"{self.rubric.name}@{hashlib.sha256(shown.encode()).hexdigest()[:12]}"
 
     @property
@@ -203,7 +213,8 @@ class Resolved:
     @property
     def needs_model(self) -> bool:
         """Whether judging or captioning computes with a model on this run's own machines."""
-        return any(isinstance(ref, MultimodalRef) for ref in (self.judge, self.screen, self.captioner))
+        refs = (self.judge, self.screen, self.captioner, self.decomposer and self.decomposer.model)
+        return any(isinstance(ref, (MultimodalRef, LanguageRef)) for ref in refs)
 
 
 def _version_of(model: str, ref: ViewerRef) -> str:
@@ -230,16 +241,6 @@ def _viewer(name: str, section: Viewer | None, storage: Storage) -> ViewerRef | 
     )
 
 
-def _check_screen(rubric: Rubric, judge: Judge) -> None:
-    """Refuse a screen that is asked what the rubric does not have."""
-    names = [question.name for question in rubric.questions]
-    for name in judge.screen.questions if judge.screen is not None else ():
-        if name not in names:
-            raise UserError(
-                f"judge.screen.questions: rubric {rubric.name} has no question {name}; it has {', '.join(names)}"
-            )
-
-
 def _check_oracle(rubric: Rubric) -> None:
     """Refuse a rubric that asks what the oracle does not mark."""
     others = [question.name for question in rubric.questions if question.name not in marks.QUESTIONS]
@@ -255,9 +256,12 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
     spec = absolute_paths(spec)
     storage = storage_of(spec)
     rubric = load_rubric(spec.judge.rubric)
+    decomposer = decomposer_of(spec)
+    if spec.judge.decompose is not None:
+        rubric = with_decomposed(rubric, spec.judge.decompose.threshold)
     if spec.judge.backend in ("transformers", "openai", "oracle"):
         check_thresholds(rubric, spec.judge.bars)
-        _check_screen(rubric, spec.judge)
+        check_screen(rubric, spec.judge.screen.questions if spec.judge.screen else ())
     if spec.judge.backend == "oracle":
         _check_oracle(rubric)
     plan = sampler_plan(spec)
@@ -317,6 +321,9 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
             licences[viewer.name] = ENDPOINT_LICENCE
         elif viewer is not None and section is not None:
             licences.setdefault(section.model, licence_of(viewer.path, section.model))
+    if decomposer is not None and decomposer.model is not None and spec.judge.decompose is not None:
+        name = spec.judge.decompose.model or ""
+        licences.setdefault(name, licence_of(decomposer.model.path, name))
     expander = _expander(spec)
     if expander is not None and spec.prompts.expand is not None:
         licences.setdefault(spec.prompts.expand.model, licence_of(expander.stage.model.path, spec.prompts.expand.model))
@@ -330,6 +337,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         facts=tuple(facts),
         generator_ids=tuple(ids),
         rubric=rubric,
+        decomposer=decomposer,
         judge=viewers["judge"],
         screen=viewers["judge.screen"],
         captioner=viewers["caption"],

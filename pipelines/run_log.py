@@ -10,7 +10,7 @@ from typing import Any
 
 from infra.errors import UserError
 from infra.secrets import redact
-from stages.rubric import load_rubric
+from stages.rubric import load_rubric, with_decomposed
 
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
@@ -92,7 +92,9 @@ def _judge_thresholds(judge: Mapping[str, Any]) -> dict[str, float]:
     if judge.get("backend") != "transformers":
         return own
     try:
-        return load_rubric(str(judge.get("rubric"))).thresholds(own)
+        named, decompose = judge.get("rubric"), _object(judge.get("decompose"))
+        rubric = load_rubric(list(map(str, named)) if isinstance(named, list) else str(named))
+        return (with_decomposed(rubric, decompose["threshold"]) if decompose else rubric).thresholds(own)
     except UserError:  # a rubric file that is not on this machine
         return own
 

@@ -37,6 +37,7 @@ from pipelines.sections import (
 )
 from pipelines.values import check_values
 from pipelines.viewers import Caption, Judge
+from stages.rubric import built_in_rubrics
 
 __all__ = [
     "DEFAULT_PACK",
@@ -158,9 +159,13 @@ def absolute_paths(spec: Spec, base: str | Path = ".") -> Spec:
     for section in (data["judge"], data["judge"]["screen"], data["caption"], prompts["expand"]):
         if section and section.get("backend") != "openai":
             section["model"] = model(section["model"])
-    if data["judge"]["rubric"] != "default":
-        data["judge"]["rubric"] = file(data["judge"]["rubric"])
-    for bar in data["judge"]["thresholds"].values():
+    judge, built_in = data["judge"], built_in_rubrics()
+    named = [judge["rubric"]] if isinstance(judge["rubric"], str) else judge["rubric"]
+    named = [name if name in built_in else file(name) for name in named]
+    judge["rubric"] = named[0] if isinstance(judge["rubric"], str) else named
+    if judge["decompose"] and judge["decompose"]["model"]:
+        judge["decompose"]["model"] = model(judge["decompose"]["model"])
+    for bar in judge["thresholds"].values():
         if isinstance(bar, dict) and bar["labels"] is not None:
             bar["labels"] = file(bar["labels"])
     if data["caption"] and data["caption"]["json_schema"] is not None:

@@ -9,7 +9,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from models.facts import Score
 from pipelines.sections import DEFAULT_PACK, Section
+from stages.rubric import built_in_rubrics
 
 
 class Viewer(Section):
@@ -161,6 +163,48 @@ class Screen(Viewer):
         return self
 
 
+class Decompose(Section):
+    """Questions about each fact of a prompt, and one score for them all: `decomposed`."""
+
+    model: str | None = Field(None, description="A chat model that splits prompts into yes/no questions.")
+    revision: str | None = Field(None, description="Hub revision.")
+    call: str | None = Field(
+        None,
+        description="Or your own code, module:function: takes a list of prompts, returns a list of questions for each; the"
+        " shapes world has models.pack.decompose:decompose.",
+    )
+    version: str | None = Field(None, description="Version of that code, part of what is recorded with each score.")
+    instruction: str | None = Field(
+        None,
+        description="What the model is asked, with {prompt}; left out, one in English. The answer must have the form that"
+        " docs/rubrics.md shows.",
+    )
+    max_questions: int = Field(12, ge=1, description="Questions of one prompt; what comes after is left out.")
+    max_new_tokens: int = Field(768, ge=1, description="Longest answer of the model, in tokens.")
+    score: Score = Field(
+        "least",
+        description="least: the least P(yes); mean: the mean, where a fact counts 0 if one that it needs does not hold.",
+    )
+    threshold: float = Field(
+        0.5, ge=0, le=1, description="Least score of an accepted sample; judge.thresholds.decomposed replaces it."
+    )
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> Self:
+        if (self.model is None) == (self.call is None):
+            raise ValueError("expected either model, a chat model, or call: 'module:function'")
+        if self.call is not None and not self.version:
+            raise ValueError("call needs a version")
+        if self.instruction is not None and "{prompt}" not in self.instruction:
+            raise ValueError("instruction must contain {prompt}")
+        if (self.model or "").startswith("pack://"):
+            raise ValueError(
+                "a pack's language model expands prompts and splits none; name a chat model, or call:"
+                " models.pack.decompose:decompose with version: '1'"
+            )
+        return self
+
+
 class Judge(Viewer):
     """The model that scores, and the bar."""
 
@@ -174,7 +218,11 @@ class Judge(Viewer):
         None, description="module:function of backend `call`: takes a batch, returns {question: [n] floats}."
     )
     version: str | None = Field(None, description="Version of that code, recorded with each score.")
-    rubric: str = Field("default", description="`default` or a YAML file of questions.")
+    rubric: str | tuple[str, ...] = Field(
+        "default",
+        description=f"Questions: a YAML file, or one of {', '.join(built_in_rubrics())}; a list asks the questions of all.",
+    )
+    decompose: Decompose | None = Field(None, description="Ask about each fact of the prompt by itself as well.")
     thresholds: dict[str, Threshold] = Field(
         {},
         description="Least P(yes) for each question and for `overall`, their weighted mean; replaces the rubric's own."
@@ -187,6 +235,10 @@ class Judge(Viewer):
     def _call_is_named(self) -> Judge:
         if self.backend == "call" and not (self.call and self.version):
             raise ValueError("backend `call` needs call: 'module:function' and a version")
+        if not self.rubric:
+            raise ValueError("rubric: expected at least one of " + ", ".join(built_in_rubrics()))
+        if self.decompose is not None and self.backend not in ("transformers", "openai"):
+            raise ValueError(f"decompose is asked of a model, not of backend `{self.backend}`; remove it")
         return self
 
     @model_validator(mode="after")

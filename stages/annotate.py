@@ -79,7 +79,7 @@ class WriteAnnotations:
     annotator: Annotator
 
     name: ClassVar[str] = "annotate"
-    reads: ClassVar[tuple[str, ...]] = ("sample_id", "scores", "verdict", "reasons", "captions")
+    reads: ClassVar[tuple[str, ...]] = ("sample_id", "scores", "verdict", "reasons", "decomposed", "captions")
     adds: ClassVar[tuple[str, ...]] = ("result",)
     skips_rejected: ClassVar[bool] = False
     takes_failed: ClassVar[bool] = True
@@ -114,6 +114,8 @@ class WriteAnnotations:
             (reasons,) = load_json(batch["reasons"][at : at + 1])
             yield from self.annotator.scores(sample_id, {item["name"]: item["value"] for item in scores})
             yield from self.annotator.verdict(sample_id, str(batch["verdict"][at]), reasons)
+        if answers := str(batch["decomposed"][at]) if "decomposed" in batch else "":
+            yield self.annotator.row(sample_id, "note", "decomposed", answers, self.annotator.asked)
         if "captions" in batch:
             (captions,) = load_json(batch["captions"][at : at + 1])
             yield from self.annotator.captions(sample_id, captions)

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from infra.errors import UserError
+from models.facts import Score
 from models.pack.marks import marks
 from models.viewer import ViewerRef, load_viewer
-from stages.asking import ask
+from stages.asking import ask, parts_in
 from stages.batch import Batch, jsons, load_json, size, texts
-from stages.rubric import OVERALL, Rubric, decide
+from stages.rubric import NO_PARTS, OVERALL, Rubric, decide
 from stages.screen import ScreenQuality
 
 
@@ -23,8 +24,9 @@ from stages.screen import ScreenQuality
 class JudgeQuality:
     """Scores what earlier stages left, and accepts what clears every threshold.
 
-    Reads `frames` and `prompt`; appends to `scores`, sets `verdict` and `reasons`. A sample with an answer that is no
-    finite number fails with `judge_failed`.
+    Reads `frames`, `prompt` and what else questions quote (`negative_prompt`, `tags`, `extra`); appends to `scores`, sets
+    `verdict` and `reasons`. A sample with an answer that is no finite number fails with `judge_failed`. To the facts of a
+    prompt in `decomposed` it adds `p_yes`, a number each.
 
     Backend `call` imports `call` ('module:function'). The function takes the batch (see stages/batch.py; frames are uint8
     [n, T, H, W, 3]) and returns {name: n floats}, higher being better. A name that has a threshold in the spec takes part
@@ -43,6 +45,7 @@ class JudgeQuality:
     call: str | None = None
     version: str | None = None
     thresholds: tuple[tuple[str, float], ...] = ()  # these replace the rubric's own
+    facts: Score = "mean"  # how those of a prompt make one score
     num_frames: int = 8
     threads: int = 1
     screen: ScreenQuality | None = None
@@ -60,11 +63,12 @@ class JudgeQuality:
 
     def __call__(self, batch: Batch) -> Batch:
         failed = [""] * size(batch)
-        if self.backend == "oracle":
-            answers, failed = self._mark(batch)
+        decomposed: Batch = {}
+        if self.backend in ("oracle", "call"):
+            answers, failed = self._mark(batch) if self.backend == "oracle" else (self._call(batch), failed)
+            rows = [{name: float(column[row]) for name, column in answers.items()} for row in range(size(batch))]
         else:
-            answers = self._call(batch) if self.backend == "call" else self._ask(batch)
-        rows = [{name: float(column[row]) for name, column in answers.items()} for row in range(size(batch))]
+            rows, decomposed = self._ask(batch)
         unsound = [[name for name, value in row.items() if not math.isfinite(value)] for row in rows]
         decisions = [("", []) if bad else self.decide(row) for row, bad in zip(rows, unsound, strict=True)]
         before = load_json(batch["scores"]) if "scores" in batch else [[]] * len(rows)
@@ -76,7 +80,9 @@ class JudgeQuality:
             why or (f"the judge's answer to {', '.join(bad)} is no finite number" if bad else "")
             for why, bad in zip(failed, unsound, strict=True)
         ]
-        return batch | {
+        return {
+            **batch,
+            **decomposed,
             "scores": jsons(scores),
             "verdict": texts([verdict for verdict, _ in decisions]),
             "reasons": jsons([reasons for _, reasons in decisions]),
@@ -94,21 +100,25 @@ class JudgeQuality:
         if self.screen is None:
             return np.ones(size(batch), dtype=bool)
         scores = [{item["name"]: item["value"] for item in row} for row in load_json(batch["scores"])]
-        return np.array([self.screen.settle(row, batch["frames"].shape[1]) is None for row in scores], dtype=bool)
+        rows = zip(scores, parts_in(batch, self.rubric), strict=True)
+        total = batch["frames"].shape[1]
+        return np.array([self.screen.settle(row, total, parts) is None for row, parts in rows], dtype=bool)
 
-    def settle(self, scores: Mapping[str, float], num_frames: int) -> tuple[str, list[str]] | None:
+    def settle(
+        self, scores: Mapping[str, float], num_frames: int, parts: Mapping[str, str] = NO_PARTS
+    ) -> tuple[str, list[str]] | None:
         """The verdict and its reasons that follow from answers that are known; None where one is missing."""
-        if self.screen is not None and (settled := self.screen.settle(scores, num_frames)):
+        if self.screen is not None and (settled := self.screen.settle(scores, num_frames, parts)):
             return settled
-        asked = [question.name for question in self.rubric.questions if question.asked(num_frames)]
         if self.backend == "call":
-            asked = []
-        return self.decide(scores) if scores and all(name in scores for name in asked) else None
+            return self.decide(scores) if scores else None
+        asked = [question.name for question in self.rubric.questions if question.asked(num_frames, parts)]
+        return self.decide(scores) if all(name in scores for name in asked) else None
 
     def decide(self, scores: Mapping[str, float]) -> tuple[str, list[str]]:
         """The verdict that the judge's answers give, with its reasons."""
         bars = self.bars()
-        if OVERALL in bars and OVERALL not in scores:
+        if OVERALL in bars and OVERALL not in scores and any(each.name in scores for each in self.rubric.questions):
             scores = {**scores, OVERALL: self.rubric.overall(scores)}
         return decide(scores, bars)
 
@@ -118,8 +128,10 @@ class JudgeQuality:
             raise UserError(f"judge.model: is needed with judge.backend: {self.backend}")
         return self.model
 
-    def _ask(self, batch: Batch) -> dict[str, np.ndarray]:
-        return ask(self.rubric, self._model, batch, self.num_frames)
+    def _ask(self, batch: Batch) -> tuple[list[dict[str, float]], Batch]:
+        """Each sample's score for each question that it was asked; and `decomposed` with answers, if that was asked."""
+        scores, answered = ask(self.rubric, self._model, batch, self.num_frames, self.facts)
+        return scores, {"decomposed": jsons(answered)} if any(answered) else {}
 
     def _mark(self, batch: Batch) -> tuple[dict[str, np.ndarray], list[str]]:
         """The oracle's marks, NaN where it has none, and for each row why."""
@@ -154,15 +166,15 @@ class JudgeQuality:
         return {str(name): _floats(values) for name, values in answers.items()}
 
 
-def import_call(path: str) -> Callable[[Batch], Any]:
-    """The function that `module:function` names. Raises UserError where there is none."""
+def import_call(path: str, key: str = "judge.call") -> Callable[[Any], Any]:
+    """The function that `module:function` names. Raises UserError, which begins with `key`, where there is none."""
     module, _, function = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"judge.call: {path}: cannot be imported ({error}); expected module:function") from error
+        raise UserError(f"{key}: {path}: cannot be imported ({error}); expected module:function") from error
     if not callable(found):
-        raise UserError(f"judge.call: {path}: is no function")
+        raise UserError(f"{key}: {path}: is no function")
     return found
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Formatter
+from types import MappingProxyType
 from typing import Any, Literal
 
 import yaml
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from infra.errors import UserError
 from infra.safe_yaml import read_yaml
+from models.facts import WHOLE
 
 BUILT_IN = Path(__file__).parent / "rubrics"
 
@@ -24,7 +26,25 @@ PROMPT_CHARACTERS = 2000
 OVERALL = "overall"
 """Name of the mean of all answers by the rubric's weights, in thresholds."""
 
-_TAKES = {"prompt", "media"}
+DECOMPOSED = "decomposed"
+"""The question that is asked in parts, each about one fact of the prompt (see models/facts.py)."""
+
+_ALWAYS = ("prompt", "media")
+_TAKES = (*_ALWAYS, "negative_prompt", "tags")
+_COLUMN = "extra."
+
+
+NO_PARTS: Mapping[str, str] = MappingProxyType({})
+
+
+def parts_of(negative_prompt: str, tags: Sequence[Any], extra: Mapping[str, Any]) -> dict[str, str]:
+    """What a question may quote of a record beside its prompt; what is empty or not given is not there.
+
+    `extra` holds the record's other columns: a list is quoted with commas, any other value that is no text as JSON.
+    """
+    columns = {f"{_COLUMN}{name}": value for name, value in extra.items() if name != DECOMPOSED}
+    values = {"negative_prompt": negative_prompt, "tags": tags, **columns}
+    return {name: text for name, value in values.items() if (text := _quoted(_written(value)))}
 
 
 class Question(BaseModel):
@@ -33,7 +53,10 @@ class Question(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Name of its score.")
-    text: str = Field(description="Template with {prompt} and {media}, which is 'video' or 'image'.")
+    text: str = Field(
+        description="Template with {prompt}, {media} ('video' or 'image'), {negative_prompt}, {tags} and {extra.COLUMN}, any"
+        " other column of the record."
+    )
     threshold: float = Field(0.5, ge=0, le=1, description="Least P(yes) of an accepted sample.")
     weight: float = Field(1.0, ge=0, description="For those who rank samples by one number; no verdict depends on it.")
     media: Literal["any", "video", "image"] = Field("any", description="What it is asked about.")
@@ -49,19 +72,25 @@ class Question(BaseModel):
             raise ValueError(f"is no template ({error}); write {{{{ and }}}} for braces") from error
         if any(spec or conversion for _, _, spec, conversion in fields):  # {prompt:>999999999} would fill the memory
             raise ValueError("takes plain {prompt} and {media}, without : and !")
-        unknown = {str(name) for _, name, _, _ in fields} - _TAKES
+        unknown = {str(name) for _, name, _, _ in fields if name not in _TAKES and not _is_column(name)}
         if unknown:
-            raise ValueError(f"takes {{prompt}} and {{media}}, and no {{{min(unknown)}}}")
+            taken = ", ".join(f"{{{name}}}" for name in _TAKES)
+            raise ValueError(f"takes {taken} and {{{_COLUMN}COLUMN}}, and no {{{min(unknown)}}}")
         return value
 
-    def asked(self, num_frames: int) -> bool:
-        """Whether it is asked about media of `num_frames` frames; 1 is an image."""
-        return self.media in ("any", _media(num_frames))
+    @property
+    def takes(self) -> frozenset[str]:
+        """The parts of a record without which it is not asked."""
+        return frozenset(name for _, name, _, _ in Formatter().parse(self.text) if name) - set(_ALWAYS)
 
-    def format(self, prompt: str, num_frames: int) -> str:
-        """The question about one sample. `prompt` is quoted up to `PROMPT_CHARACTERS`."""
-        quoted = " ".join(prompt[:PROMPT_CHARACTERS].split())
-        return self.text.format(prompt=quoted, media=_media(num_frames))
+    def asked(self, num_frames: int, parts: Mapping[str, str] = NO_PARTS) -> bool:
+        """Whether it is asked about media of `num_frames` frames (1 is an image) of a record with these parts."""
+        return self.media in ("any", media_of(num_frames)) and all(parts.get(name) for name in self.takes)
+
+    def format(self, prompt: str, num_frames: int, parts: Mapping[str, str] = NO_PARTS) -> str:
+        """The question about one sample of which it is asked. `prompt` is quoted up to `PROMPT_CHARACTERS`, as parts are."""
+        values = {**parts, "prompt": _quoted(prompt), "media": media_of(num_frames)}
+        return "".join(literal + (values[name] if name else "") for literal, name, _, _ in Formatter().parse(self.text))
 
 
 class Rubric(BaseModel):
@@ -69,7 +98,7 @@ class Rubric(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Recorded with each score.")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*(\+[a-z0-9][a-z0-9_-]*)*$", description="Recorded with each score.")
     questions: tuple[Question, ...] = Field(description="Asked in this order.")
 
     @field_validator("questions")
@@ -109,9 +138,42 @@ class Rubric(BaseModel):
         return sum(weight * value for weight, value in asked) / total if total else math.nan
 
 
-def load_rubric(name_or_path: str) -> Rubric:
-    """A built-in rubric by name, or a YAML file. Raises UserError that names `judge.rubric` and the key within."""
-    built_in = sorted(file.stem for file in BUILT_IN.glob("*.yaml"))
+def built_in_rubrics() -> list[str]:
+    """Names of the rubrics that come with ditmill."""
+    return sorted(file.stem for file in BUILT_IN.glob("*.yaml"))
+
+
+def load_rubric(names_or_paths: str | Sequence[str]) -> Rubric:
+    """Built-in rubrics by name, or YAML files; of several, one that asks the questions of all, named `first+second`.
+
+    Raises UserError that names `judge.rubric` and the key within.
+    """
+    named = [names_or_paths] if isinstance(names_or_paths, str) else list(names_or_paths)
+    rubrics = [_load(name) for name in named]
+    if len(rubrics) == 1:
+        return rubrics[0]
+    asks: dict[str, str] = {}
+    for rubric in rubrics:
+        for question in rubric.questions:
+            if (other := asks.get(question.name)) is not None:
+                raise UserError(f"judge.rubric: {other} and {rubric.name} both ask {question.name}; drop or rename one")
+            asks[question.name] = rubric.name
+    questions = tuple(question for rubric in rubrics for question in rubric.questions)
+    return Rubric(name="+".join(rubric.name for rubric in rubrics), questions=questions)
+
+
+def with_decomposed(rubric: Rubric, threshold: float) -> Rubric:
+    """The rubric with one more question, `decomposed`; its text is asked of a prompt that is not decomposed."""
+    if any(question.name == DECOMPOSED for question in rubric.questions):
+        raise UserError(
+            f"judge.rubric: {rubric.name} has a question {DECOMPOSED}, which judge.decompose adds; rename it"
+        )
+    whole = Question(name=DECOMPOSED, text=WHOLE, threshold=threshold)
+    return Rubric(name=rubric.name, questions=(*rubric.questions, whole))
+
+
+def _load(name_or_path: str) -> Rubric:
+    built_in = built_in_rubrics()
     try:
         path = BUILT_IN / f"{name_or_path}.yaml" if name_or_path in built_in else Path(name_or_path).expanduser()
         data = read_yaml(path)
@@ -139,6 +201,16 @@ def check_thresholds(rubric: Rubric, thresholds: dict[str, float]) -> None:
             )
         if not 0 <= value <= 1:
             raise UserError(f"judge.thresholds.{name}: expected a probability between 0 and 1, found {value}")
+
+
+def check_screen(rubric: Rubric, names: Sequence[str]) -> None:
+    """Refuse a screen that is asked what the rubric does not have."""
+    known = [question.name for question in rubric.questions]
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"judge.screen.questions: rubric {rubric.name} has no question {name}; it has {', '.join(known)}"
+            )
 
 
 def decide(scores: Mapping[str, float], thresholds: Mapping[str, float]) -> tuple[str, list[str]]:
@@ -176,5 +248,22 @@ def _shown(value: Any) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-def _media(num_frames: int) -> str:
+def media_of(num_frames: int) -> str:
+    """What a question calls media of so many frames."""
     return "video" if num_frames > 1 else "image"
+
+
+def _is_column(name: str | None) -> bool:
+    return bool(name) and str(name).startswith(_COLUMN) and len(str(name)) > len(_COLUMN)
+
+
+def _quoted(text: str) -> str:
+    return " ".join(text[:PROMPT_CHARACTERS].split())
+
+
+def _written(value: Any) -> str:
+    if value is None or value == "" or value == [] or value == {}:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(filter(None, map(_written, value)))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)

@@ -282,7 +282,7 @@ class _Written:
             "device": self._text(at, "device") or stage.device,
             "code_version": stage.code_version,
             "created_at": self.now,
-            "extra_json": _extra(self._text(at, "extra"), licence),
+            "extra_json": _extra(self._text(at, "extra"), licence, self._text(at, "decomposed")),
         }
 
     def _text(self, at: int, column: str) -> str:
@@ -304,9 +304,11 @@ class _Written:
 
 
 @lru_cache
-def _extra(text: str, licence: str) -> str:
+def _extra(text: str, licence: str, decomposed: str) -> str:
     """A sample's own fields as JSON. Where nothing is scored, a whole batch has the same ones."""
     extra = {**json.loads(text or "{}"), **({"licence": licence} if licence else {})}
+    if decomposed:
+        extra["decomposed"] = json.loads(decomposed)
     return json.dumps(extra, ensure_ascii=False, sort_keys=True)
 
 

@@ -49,6 +49,7 @@ RUBRIC: dict[str, Any] = {
     "questions": [
         {"name": "match", "text": "Does this {media} show {prompt}?", "threshold": 0.5, "weight": 2, "media": "any"},
         {"name": "clean", "text": "Is it clean? {{Yes}} or {{No}}"},
+        {"name": "tagged", "text": "Is it {tags}, without {negative_prompt}, by {extra.the artist}?"},
     ],
 }
 RECORDS: list[dict[str, Any]] = [

@@ -96,7 +96,7 @@ def rubric_file(folder: Path, data: bytes) -> bool:
     for question in rubric.questions:
         longest = 2 * (2000 + len(question.text)) * (1 + question.text.count("{"))
         for prompt in ("a {0} {prompt!r} %s", "x" * 100_000):
-            assert len(question.format(prompt, 5).encode()) < longest
+            assert len(question.format(prompt, 5, dict.fromkeys(question.takes, "a, b")).encode()) < longest
     return True
 
 

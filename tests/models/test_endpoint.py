@@ -320,6 +320,15 @@ def test_a_budget_of_tokens_stops(server: Server, known: Known) -> None:
         endpoint(server, max_total_tokens=250).p_yes(known.frames, known.questions)
 
 
+def test_each_clip_may_be_asked_another_number_of_questions(server: Server, known: Known) -> None:
+    ragged = [known.questions[0][:1], [], known.questions[2]]
+    found = endpoint(server).p_yes(known.frames, ragged)
+    asked = np.array([[True, False, False], [False] * 3, [True] * 3])
+    np.testing.assert_array_equal(np.isnan(found), ~asked)
+    np.testing.assert_allclose(found[asked], known.p_yes[asked], atol=1e-4)
+    assert len(server.requests) == 4
+
+
 def test_p_yes_is_the_share_of_yes_however_it_is_spelled(server: Server, known: Known, tmp_path: Path) -> None:
     server.set(
         canned((" Yes", 0.3), ("yes", 0.2), ("YES\n", 0.1), ("No", 0.15), (" no", 0.05), ("Yesterday", 0.1)),

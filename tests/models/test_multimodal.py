@@ -218,6 +218,15 @@ def test_p_yes_is_the_same_however_it_is_cut_into_passes(model, monkeypatch):
     np.testing.assert_allclose(model.p_yes(frames, questions), whole, atol=1e-5)
 
 
+def test_p_yes_takes_another_number_of_questions_for_each_clip(model):
+    frames = clips(3)
+    found = model.p_yes(frames, [QUESTIONS[:1], [], [*QUESTIONS, *QUESTIONS]])
+    whole = model.p_yes(frames, [[*QUESTIONS, *QUESTIONS]] * 3)
+    asked = np.array([[True, False, False, False], [False] * 4, [True] * 4])
+    np.testing.assert_array_equal(np.isnan(found), ~asked)
+    np.testing.assert_allclose(found[asked], whole[asked], atol=1e-5)
+
+
 def test_p_yes_takes_images(model):
     assert model.p_yes(clips(3, num_frames=1), [QUESTIONS] * 3).shape == (3, 2)
 

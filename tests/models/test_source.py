@@ -64,6 +64,8 @@ def test_resolve_says_which_part_a_pack_lacks_and_what_to_use(
 def test_resolve_names_the_key_of_its_part() -> None:
     with pytest.raises(UserError, match=r"^judge\.model: "):
         resolve("/no/such/folder", "judge")
+    with pytest.raises(UserError, match=r"^judge\.decompose\.model: "):
+        resolve("/no/such/folder", "decomposer")
 
 
 def test_resolve_refuses_pickles(checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ from infra.metrics import METRICS
 from infra.schema import FAILURES, SAMPLES
 from infra.storage import Storage
 from pipelines.spec_docs import FILE, render
+from stages.rubric import built_in_rubrics, load_rubric
 
 REPO = Path(__file__).parents[2]
 PAGES = [*sorted(REPO.glob("*.md")), *sorted((REPO / "docs").rglob("*.md"))]
@@ -42,6 +43,21 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_spec_page_is_current() -> None:
     assert FILE.read_text(encoding="utf-8") == render(), "run: python -m pipelines.spec_docs"
+
+
+def test_rubrics_page_has_every_question_that_is_built_in() -> None:
+    page = _page("docs/rubrics.md").partition("## Built in")[2]
+    sections = {text.partition("**")[0]: text for text in page.split("\n**")[1:]}
+    rows = {
+        name: [
+            f"| `{each.name}` | {each.text.removesuffix(' Answer Yes or No.')} | {each.threshold:g} |" for each in asked
+        ]
+        for name in built_in_rubrics()
+        for asked in [load_rubric(name).questions]
+    }
+    assert {
+        name: [line for line in text.splitlines() if line.startswith("| `")] for name, text in sections.items()
+    } == rows
 
 
 def test_spec_page_links_to_sections_that_exist() -> None:

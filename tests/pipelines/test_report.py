@@ -259,6 +259,8 @@ def test_thresholds_come_from_the_spec_and_its_rubric() -> None:
     assert found["motion"] == [Threshold(0.1, True), Threshold(9.0, False)]
     assert found["prompt_match"] == [Threshold(0.7, True)] and found["no_artefacts"] == [Threshold(0.5, True)]
     assert set(found) == {"motion", "prompt_match", "no_artefacts", "motion_smooth"}
+    spec["judge"] |= {"rubric": ["default", "people"], "decompose": {"threshold": 0.75}}
+    assert thresholds(spec)["decomposed"] == [Threshold(0.75, True)] and "hands_right" in thresholds(spec)
 
 
 def test_a_killed_run_has_no_end() -> None:

@@ -278,6 +278,10 @@ def test_absolute_paths_touches_paths_and_nothing_else(tmp_path: Path) -> None:
     assert spec.output.uri == f"{tmp_path}/data"
     assert absolute_paths(spec, "/") == spec
     assert absolute_paths(parse_spec(PROMPTS)).judge.rubric == "default"
+    data["judge"] = {"rubric": ["people", "mine.yaml"], "decompose": {"model": "checkpoint"}}
+    spec = absolute_paths(parse_spec(data), tmp_path)
+    assert spec.judge.rubric == ("people", f"{tmp_path}/mine.yaml")
+    assert spec.judge.decompose is not None and spec.judge.decompose.model == f"{tmp_path}/checkpoint"
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from infra.errors import UserError
@@ -15,12 +19,17 @@ from models.multimodal import MultimodalRef
 from pipelines import calibrate
 from pipelines.annotate_stored import Captioning, Judging
 from pipelines.calibrate import Calibration
+from pipelines.decisions import NONE
+from pipelines.enumeration import planned_batch
 from pipelines.placement import place
 from pipelines.plan import make_plan
 from pipelines.recipes import RECIPES
 from pipelines.resolve import Resolved, resolve_spec
-from pipelines.spec import Spec, parse_spec
+from pipelines.spec import Prompts, Spec, parse_spec
+from stages.actor import run_stage
+from stages.batch import load_json
 from stages.caption import CaptionMedia
+from stages.decompose import DecomposePrompts
 from stages.delivery import paths_of
 from stages.judge import JudgeQuality
 
@@ -86,6 +95,122 @@ def test_a_plan_asks_nothing_of_the_endpoint(spec: Spec, monkeypatch: pytest.Mon
     assert measured is not None
     assert {"sample", "score", "write"} <= set(measured.stage_seconds)
     assert not {"judge", "caption"} & set(measured.stage_seconds)
+
+
+def judged(spec: Spec, **judge: Any) -> Resolved:
+    here = {"backend": "transformers", "model": "pack://tiny", **judge}
+    return resolve_spec(parse_spec({**spec.model_dump(mode="json"), "judge": here, "caption": None}))
+
+
+def test_what_was_asked_says_what_the_facts_of_a_prompt_depend_on(spec: Spec, tiny_pack: Path) -> None:
+    code = {"call": "models.pack.decompose:decompose", "version": "1"}
+    model = {"model": str(tiny_pack / "expander")}
+    others = [
+        {},
+        {"rubric": ["default", "people"]},
+        {"decompose": code},
+        {"decompose": code | {"version": "2"}},
+        {"decompose": code | {"max_questions": 3}},
+        {"decompose": code | {"score": "mean"}},
+        {"decompose": model},
+        {"decompose": model | {"instruction": "Split {prompt}"}},
+        {"decompose": model | {"max_new_tokens": 9}},
+    ]
+    runs = [judged(spec, **other) for other in others]
+    assert len({run.asked for run in runs}) == len(others)
+    stricter = judged(spec, decompose=code | {"threshold": 0.9})
+    assert stricter.asked == runs[2].asked and stricter.rubric_id != runs[2].rubric_id
+    assert stricter.rubric_id == judged(spec, decompose=code, thresholds={"decomposed": 0.9}).rubric_id
+
+
+def test_prompts_are_decomposed_beside_the_judge_after_what_needs_no_model(spec: Spec, tiny_pack: Path) -> None:
+    run = judged(spec, decompose={"model": str(tiny_pack / "expander")})
+    stages = run.scoring()
+    assert [stage.name for stage in stages] == ["score", "decompose", "judge"]
+    decompose = stages[1]
+    assert isinstance(decompose, DecomposePrompts) and decompose.cache == run.storage
+    assert paths_of(stages) == [str(tiny_pack / "expander"), run.judge.path]  # type: ignore[union-attr]
+    assert pickle.loads(pickle.dumps(stages)) == stages and hash(stages[1])
+    assert Judging(run).stages() == stages[1:]
+    assert str(tiny_pack / "expander") in dict(run.licences)
+    far = judged(spec, **NOWHERE, decompose={"model": str(tiny_pack / "expander")})
+    assert far.needs_model and not judged(spec, **NOWHERE).needs_model
+
+
+def test_stored_answers_hold_where_all_that_a_record_is_asked_was_answered(spec: Spec) -> None:
+    run = judged(spec, rubric=["default", "prompt_match"])
+    names = [question.name for question in run.rubric.questions if not question.takes and question.media != "video"]
+    row: dict[str, Any] = {
+        "sample_id": "a",
+        "verdict": "accepted",
+        "reasons": [],
+        "judge": run.judge_name,
+        "rubric": run.rubric_id,
+        "scores": [{"name": name, "value": 0.9} for name in names],
+        "num_frames": 1,
+        "negative_prompt": "",
+        "tags": [],
+        "extra_json": "",
+    }
+    judging = Judging(run)
+    assert judging.without_model(row, NONE) == []
+    assert judging.without_model(row | {"tags": ["a"]}, NONE) is None, "tags_match was not answered"
+    answered = [*row["scores"], {"name": "tags_match", "value": 0.1}]
+    (verdict, note) = judging.without_model(row | {"tags": ["a"], "scores": answered}, NONE) or ()
+    assert (verdict["value"], note["value"]) == ("rejected", "tags_match 0.10 < 0.5")
+
+
+def test_what_nothing_is_asked_of_needs_no_model(spec: Spec, tmp_path: Path) -> None:
+    (tmp_path / "tags.yaml").write_text("questions: [{name: tagged, text: 'Is it {tags}?'}]")
+    judging = Judging(judged(spec, rubric=str(tmp_path / "tags.yaml")))
+    row = {"sample_id": "a", "verdict": "rejected", "reasons": ["x"], "judge": "other", "rubric": "r@1+b", "scores": []}
+    row |= {"num_frames": 1, "negative_prompt": None, "tags": None, "extra_json": None}
+    (verdict,) = judging.without_model(row, NONE) or ()
+    assert verdict["value"] == "accepted"
+
+
+def test_facts_go_with_a_sample_from_its_prompt_to_its_row(spec: Spec, tmp_path: Path) -> None:
+    """Through all stages of a run, in this process."""
+    code = {"call": "models.pack.decompose:decompose", "version": "1"}
+    run = judged(spec, rubric=["default", "prompt_match"], decompose=code)
+    run = replace(run, spec=run.spec.model_copy(update={"prompts": Prompts(inline=("a red circle",))}))
+    data = planned_batch(calibrate._planned(run, list(calibrate._first(run, 1))), 0, {})
+    recipe = RECIPES["synthetic"]
+    for stage in (*recipe.generating(run), *recipe.judging(run)):
+        stage.load()
+        data, _ = run_stage(stage, data)
+    (result,) = load_json(data["result"])
+    (part,) = (part for part in result["parts"] if part["table"] == "samples")
+    (row,) = pq.read_table(io.BytesIO(run.storage.read_bytes(part["path"]))).to_pylist()
+    facts = json.loads(row["extra_json"])["decomposed"]
+    assert [fact["question"].split('"')[1] for fact in facts] == ["a circle", "a red circle"]
+    scores = {item["name"]: item["value"] for item in row["scores"]}
+    assert scores["decomposed"] == pytest.approx(min(fact["p_yes"] for fact in facts))
+    assert row["rubric"].startswith("default+prompt_match@") and row["rubric"] == run.rubric_id
+    assert "tags_match" not in scores and "subjects_match" in scores
+    verdict = Judging(run).without_model(row, NONE)
+    assert verdict == [], "what it was asked is known, and decided as before"
+
+
+@pytest.mark.parametrize(
+    ("judge", "said"),
+    [
+        ({"rubric": []}, "judge: rubric: expected at least one of artefacts, "),
+        ({"decompose": {}}, "judge.decompose: expected either model, a chat model, or call: 'module:function'"),
+        ({"decompose": {"model": "a/b", "call": "c:d"}}, "judge.decompose: expected either model"),
+        ({"decompose": {"call": "c:d"}}, "judge.decompose: call needs a version"),
+        ({"decompose": {"model": "a/b", "instruction": "x"}}, "judge.decompose: instruction must contain {prompt}"),
+        ({"decompose": {"model": "pack://shapes"}}, "judge.decompose: a pack's language model expands prompts"),
+        (
+            {"backend": "oracle", "decompose": {"model": "a/b"}},
+            "judge: decompose is asked of a model, not of backend `oracle`; remove it",
+        ),
+    ],
+)
+def test_a_mistake_in_what_is_asked_is_named(judge: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as raised:
+        parse_spec({"prompts": {"inline": ["a"]}, "judge": judge})
+    assert str(raised.value).startswith(f"spec: {said}") and "\n" not in str(raised.value)
 
 
 def test_dropping_tokens_is_part_of_what_was_asked_and_of_no_endpoint(spec: Spec) -> None:

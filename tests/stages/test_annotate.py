@@ -71,6 +71,16 @@ def test_verdicts_follow_their_scores_and_come_before_their_reasons(stage):
     }
 
 
+def test_facts_of_a_prompt_are_written_with_their_answers(stage):
+    facts = [[{"question": "Is it red?", "needs": [], "p_yes": 0.25}], [], []]
+    judged = {"scores": jsons([[]] * 3), "verdict": texts(["accepted"] * 3), "reasons": jsons([[]] * 3)}
+    batch = batch_of(**judged, decomposed=texts([json.dumps(facts[0]), "", ""]))
+    rows = written(stage, json.loads(stage(batch)["result"][0]))
+    notes = [(row["sample_id"], row["name"], row["rubric"]) for row in rows if row["kind"] == "note"]
+    assert notes == [("a", "decomposed", "r@1")]
+    assert json.loads(next(row["value"] for row in rows if row["kind"] == "note")) == facts[0]
+
+
 def test_captions_are_written_by_style(stage):
     caption = {"style": "short", "language": "en", "scene": 0, "text": "a cat", "model": "m"}
     result = json.loads(stage(batch_of(captions=jsons([[caption], [], [caption | {"style": "dense"}]])))["result"][0])

@@ -89,6 +89,51 @@ def test_judge_does_not_ask_about_the_motion_of_an_image(judge):
     assert set(out["verdict"]) <= {"accepted", "rejected"}
 
 
+def test_judge_asks_only_what_the_record_has_parts_for(judge):
+    rubric = load_rubric(["default", "prompt_match"])
+    columns = {
+        "negative_prompt": texts(["", "hats", "", "hats"]),
+        "tags": jsons([[], [], ["a", "b"], ["a"]]),
+        "extra": texts(["", "{}", "{}", "{}"]),
+    }
+    data = {**batch(), **columns}
+    both = JudgeQuality(rubric, judge.model, num_frames=4)
+    out = both(data)
+    assert list(out["error_type"]) == [""] * 4
+    found = scores(out)
+    assert [("nothing_unwanted" in row, "tags_match" in row) for row in found] == [
+        (False, False),
+        (True, False),
+        (False, True),
+        (True, True),
+    ]
+    for at, (row, reasons) in enumerate(zip(found, load_json(out["reasons"]), strict=True)):
+        alone = scores(both({name: column[at : at + 1] for name, column in data.items()}))[0]
+        assert row == pytest.approx(alone, abs=1e-5)
+        assert {reason.split()[0] for reason in reasons} <= set(row), "no threshold is missed by what was not asked"
+    text = next(question for question in rubric.questions if question.name == "tags_match").text
+    asked = text.replace("{media}", "video").replace("{tags}", "a, b")
+    expected = load_multimodal(judge.model).p_yes(data["frames"][2:3, [0, 3, 5, 8]], [[asked]])[0, 0]
+    assert found[2]["tags_match"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_judge_marks_an_answer_that_is_no_number_among_ragged_ones(judge, monkeypatch):
+    model = load_multimodal(judge.model)
+    head = model.model.lm_head
+    monkeypatch.setattr(head, "forward", lambda hidden: head.__class__.forward(head, hidden) * float("nan"))
+    columns = {"tags": jsons([[], ["a"]]), "negative_prompt": texts([""] * 2), "extra": texts([""] * 2)}
+    out = JudgeQuality(load_rubric("prompt_match"), judge.model, num_frames=4)({**batch(2), **columns})
+    assert list(out["error_type"]) == ["judge_failed"] * 2
+    assert ["tags_match" in error for error in out["error"]] == [False, True]
+
+
+def test_judge_accepts_what_it_has_nothing_to_ask_about(judge, tmp_path):
+    (tmp_path / "tags.yaml").write_text("questions: [{name: tagged, text: 'Is it {tags}?'}]")
+    out = JudgeQuality(load_rubric(str(tmp_path / "tags.yaml")), judge.model, num_frames=4)(batch(2))
+    assert list(out["verdict"]) == ["accepted"] * 2 and list(out["error_type"]) == [""] * 2
+    assert all(list(row) == ["sharpness"] for row in scores(out))
+
+
 def test_judge_keeps_every_row_in_order(judge):
     out = judge(batch(3))
     assert list(out["prompt"]) == list(batch(3)["prompt"])

@@ -5,7 +5,15 @@ import pickle
 import pytest
 
 from infra.errors import UserError
-from stages.rubric import PROMPT_CHARACTERS, check_thresholds, load_rubric
+from stages.rubric import (
+    PROMPT_CHARACTERS,
+    Question,
+    built_in_rubrics,
+    check_thresholds,
+    load_rubric,
+    parts_of,
+    with_decomposed,
+)
 
 GOOD = """
 name: mine
@@ -79,7 +87,7 @@ def test_hash_of_what_is_asked_leaves_out_how_it_is_weighed(rubric, tmp_path):
         ("questions: [{text: Is it good}]", "questions.0.name: is needed and missing"),
         (
             "questions: [{name: good, text: '{subject}?'}]",
-            "questions.0.text: takes {prompt} and {media}, and no {subject}",
+            "questions.0.text: takes {prompt}, {media}, {negative_prompt}, {tags} and {extra.COLUMN}, and no {subject}",
         ),
         ("questions: [{name: good, text: '{prompt'}]", "questions.0.text: is no template"),
         (
@@ -106,9 +114,94 @@ def test_load_rubric_names_the_key_that_is_wrong(text, message, tmp_path):
 
 def test_load_rubric_lists_what_is_built_in():
     with pytest.raises(
-        UserError, match=r"^judge.rubric: nothing: cannot be read .*; give one of default, or a YAML file$"
+        UserError,
+        match=r"^judge.rubric: nothing: cannot be read .*; give one of artefacts, consistency, default, motion, people,"
+        r" prompt_match, safety, text, or a YAML file$",
     ):
         load_rubric("nothing")
+
+
+# ---- several rubrics
+
+
+def test_all_built_in_rubrics_can_be_asked_together():
+    rubric = load_rubric(built_in_rubrics())
+    assert rubric.name == "artefacts+consistency+default+motion+people+prompt_match+safety+text"
+    assert rubric.questions == tuple(
+        question for name in built_in_rubrics() for question in load_rubric(name).questions
+    )
+    assert all(question.text.endswith(" Answer Yes or No.") for question in rubric.questions)
+    assert all("video" not in question.text or question.media == "video" for question in rubric.questions)
+
+
+def test_a_list_of_one_rubric_is_that_rubric():
+    assert load_rubric(["people"]) == load_rubric("people")
+
+
+def test_hash_of_several_rubrics_changes_with_any_of_them(rubric, tmp_path):
+    mine = str(tmp_path / "mine.yaml")
+    hashes = {load_rubric(names).questions_sha256 for names in (["default"], ["default", mine], ["default", "people"])}
+    (tmp_path / "mine.yaml").write_text(GOOD.replace("sharp", "blurred"))
+    assert len(hashes | {load_rubric(["default", mine]).questions_sha256}) == 4
+
+
+def test_two_rubrics_that_ask_under_one_name_are_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text("questions: [{name: prompt_match, text: 'Is it {prompt}?'}]")
+    message = r"^judge.rubric: default and mine both ask prompt_match; drop or rename one$"
+    with pytest.raises(UserError, match=message):
+        load_rubric(["default", str(tmp_path / "mine.yaml")])
+    for twice in ("people", str(tmp_path / "mine.yaml")):
+        with pytest.raises(UserError, match=r"^judge.rubric: (people|mine) and \1 both ask (faces_right|prompt_match)"):
+            load_rubric([twice, twice])
+
+
+def test_the_question_of_decomposed_facts_has_a_threshold_like_any_other(rubric):
+    both = with_decomposed(rubric, 0.8)
+    assert both.thresholds() == {"hands": 0.7, "still": 0.5, "decomposed": 0.8} and both.name == rubric.name
+    check_thresholds(both, {"decomposed": 0.9})
+    with pytest.raises(UserError, match=r"^judge.rubric: mine has a question decomposed, which judge.decompose adds"):
+        with_decomposed(both, 0.8)
+
+
+# ---- parts of the record
+
+
+def test_a_question_quotes_what_the_record_brought_and_is_not_asked_without():
+    question = Question(name="q", text="{media}: no {negative_prompt}, {tags}, by {extra.the artist} {{}}")
+    parts = parts_of("hats,\n caps", ["a", "b"], {"the artist": "{prompt}", "other": 1})
+    assert question.takes == {"negative_prompt", "tags", "extra.the artist"}
+    assert question.asked(17, parts)
+    assert question.format("x", 17, parts) == "video: no hats, caps, a, b, by {prompt} {}"
+    assert not any(
+        question.asked(17, {key: text for key, text in parts.items() if key != left_out}) for left_out in question.takes
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a  b", "a b"),
+        (3, "3"),
+        (0, "0"),
+        (False, "false"),
+        (["a", None, 2], "a, 2"),
+        ({"b": 1, "a": "é"}, '{"a": "é", "b": 1}'),
+        ("x" * 5000, "x" * PROMPT_CHARACTERS),
+        *[(empty, None) for empty in ("", " \n", None, [], {}, [None, ""])],
+    ],
+)
+def test_a_column_is_quoted_as_text_or_is_not_there(value, text):
+    assert parts_of("", [], {"column": value}).get("extra.column") == text
+
+
+def test_what_the_judge_itself_wrote_is_no_part_of_the_record():
+    assert parts_of("", [], {"decomposed": [{"question": "a?"}]}) == {}
+
+
+@pytest.mark.parametrize("text", ["{extra}", "{extra.}", "{}", "{0}", "{prompt.a}", "{extra.a:3}", "{tags!r}"])
+def test_a_template_takes_no_other_field(text):
+    with pytest.raises(ValueError, match="takes"):
+        Question(name="q", text=text)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import pytest
 
 from models.multimodal import MultimodalRef
 from stages.actor import run_stage
-from stages.batch import Batch, load_json, texts
+from stages.batch import Batch, jsons, load_json, texts
 from stages.judge import JudgeQuality
-from stages.rubric import load_rubric
+from stages.rubric import load_rubric, with_decomposed
 from stages.screen import ScreenQuality
 
 COUNT = 12
@@ -51,6 +51,27 @@ def test_cascade_is_the_judge_where_the_screen_is_not_sure(screen, judge):
     for one, other in zip(scores(both), scores(alone), strict=True):
         assert {name: one[name] for name in other} == pytest.approx(other, abs=1e-5)
         assert set(one) - set(other) == {"screen_prompt_match", "screen_no_artefacts", "screen_motion_smooth"}
+
+
+def test_a_screen_settles_by_what_each_record_is_asked(screen, judge):
+    """Half of the records have tags, and half of the prompts two facts: no sample waits for an answer that nobody gave."""
+    rubric = with_decomposed(load_rubric(["default", "prompt_match"]), 0.5)
+    facts = [{"question": "Is it red?", "needs": []}, {"question": "Is it round?", "needs": [0]}]
+    data = batch() | {
+        "tags": jsons([["a"] if at % 2 else [] for at in range(COUNT)]),
+        "decomposed": jsons([facts if at % 2 else [] for at in range(COUNT)]),
+    }
+    sure = replace(screen, rubric=rubric, reject=0.0, accept=0.0, facts="least")
+    first, _ = run_stage(sure, data)
+    assert not JudgeQuality(rubric, judge.model, screen=sure).wants(first).any()
+    answered = scores(first)
+    assert ["screen_tags_match" in row for row in answered] == [bool(at % 2) for at in range(COUNT)]
+    assert all("screen_decomposed" in row for row in answered)
+    unsure = replace(sure, accept=None)
+    both, _ = run_stage(JudgeQuality(rubric, judge.model, screen=unsure, facts="least"), first)
+    assert [len(row) for row in load_json(both["decomposed"])] == [2 if at % 2 else 1 for at in range(COUNT)]
+    for row, kept in zip(scores(both), load_json(both["decomposed"]), strict=True):
+        assert row["decomposed"] == pytest.approx(min(fact["p_yes"] for fact in kept))
 
 
 def test_cascade_asks_the_judge_of_the_undecided_alone(screen, judge):
@@ -98,9 +119,11 @@ def test_screen_that_answers_no_number_leaves_it_to_the_judge(screen, monkeypatc
     """NaN is no answer: the sample is neither rejected nor accepted by it."""
     import stages.screen
 
-    answers = {name: np.full(COUNT, np.nan) for name in ("prompt_match", "no_artefacts", "motion_smooth")}
-    monkeypatch.setattr(stages.screen, "ask", lambda *_: answers)
+    answers = [dict.fromkeys(("prompt_match", "no_artefacts", "motion_smooth"), np.nan)] * COUNT
+    monkeypatch.setattr(stages.screen, "ask", lambda *_: (answers, [[]] * COUNT))
     out = replace(screen, accept=0.5)(batch())
     assert scores(out) == [{}] * COUNT
     assert set(out["verdict"]) == {"accepted"}
+    tags = replace(screen, rubric=load_rubric("prompt_match").only(["tags_match"]), accept=0.5)
+    assert tags.settle({}, 9) is None and tags.settle({"screen_tags_match": 0.9}, 9, {"tags": "a"}) is not None
     assert screen.settle({}, 9) is None and replace(screen, accept=0.5).settle({}, 9) is None

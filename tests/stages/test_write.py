@@ -123,6 +123,15 @@ def member_names(path: Path) -> list[str]:
         return tar.getnames()
 
 
+def test_write_keeps_the_facts_that_a_sample_was_asked_about(tmp_path):
+    stage, batch = make_stage(tmp_path), make_batch()
+    facts = [{"question": "Is it red?", "needs": [], "p_yes": 0.25}]
+    batch["decomposed"] = texts([json.dumps(facts) if at == 0 else "" for at in range(len(batch["prompt"]))])
+    found = rows(stage, run(stage, batch))
+    assert json.loads(found["p0"]["extra_json"])["decomposed"] == facts
+    assert all("decomposed" not in json.loads(found[key]["extra_json"]) for key in ("p1", "p3"))
+
+
 def test_write_puts_each_row_where_its_verdict_says(tmp_path):
     stage, batch = make_stage(tmp_path), make_batch()
     result = run(stage, batch)
