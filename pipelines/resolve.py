@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +27,7 @@ from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
 from models.viewer import ViewerRef
 from pipelines.decomposer import decomposer_of
+from pipelines.expander import Expander, expander_of
 from pipelines.identity import generator_id
 from pipelines.operating_point import OperatingPoint
 from pipelines.spec import Spec, absolute_paths
@@ -35,7 +36,6 @@ from stages.batch import Stage
 from stages.caption import CaptionMedia
 from stages.caption_schema import load_schema
 from stages.decompose import DecomposePrompts
-from stages.expand import ExpandPrompts
 from stages.judge import JudgeQuality
 from stages.rubric import Rubric, check_screen, check_thresholds, load_rubric, with_decomposed
 from stages.score import ScoreMedia
@@ -43,14 +43,6 @@ from stages.screen import ScreenQuality
 from stages.write import GeneratorFacts, WriteShards
 
 ENDPOINT_LICENCE = Licence("unknown", "unknown", "it is behind an endpoint, which states none; read its terms")
-
-
-@dataclass(frozen=True)
-class Expander:
-    """The language model that expands prompts. Its fingerprint holds all that makes its text what it is."""
-
-    stage: ExpandPrompts
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -324,7 +316,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
     if decomposer is not None and decomposer.model is not None and spec.judge.decompose is not None:
         name = spec.judge.decompose.model or ""
         licences.setdefault(name, licence_of(decomposer.model.path, name))
-    expander = _expander(spec)
+    expander = expander_of(spec)
     if expander is not None and spec.prompts.expand is not None:
         licences.setdefault(spec.prompts.expand.model, licence_of(expander.stage.model.path, spec.prompts.expand.model))
     _check_licences(spec, licences)
@@ -385,26 +377,6 @@ def code_version() -> str:
         return number
     found = subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     return f"{number}+{found.stdout.strip()}" if found.returncode == 0 else number
-
-
-def _expander(spec: Spec) -> Expander | None:
-    expand = spec.prompts.expand
-    if expand is None:
-        return None
-    folder = resolve(expand.model, "expander", expand.revision)
-    stage = ExpandPrompts(
-        model=LanguageRef(folder),
-        instruction=expand.instruction,
-        variants=expand.variants,
-        temperature=expand.temperature,
-        max_new_tokens=expand.max_new_tokens,
-        seed=spec.seed,
-        threads=spec.layout.threads,
-    )
-    # The number of variants is no part of it: more of them keep the first ones.
-    settings = {key: value for key, value in asdict(stage).items() if key not in ("model", "threads", "variants")}
-    text = json.dumps({**settings, "model": content_sha256(folder)}, sort_keys=True)
-    return Expander(stage, hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
 
 
 def _check_licences(spec: Spec, licences: dict[str, Licence]) -> None:
