@@ -3,13 +3,14 @@
 For a precision the answers are calibrated on the labels, so that each threshold has an expected share of good samples among
 those that clear it: by isotonic regression (Zadrozny and Elkan 2002) where there are `ISOTONIC` labels or more, which is what
 it needs, else by a logistic curve (Platt 1999). The threshold is the lowest that reaches the precision. What is told of it is
-cross-fitted: of each fifth of the labels by the threshold that the other four give.
+cross-fitted: of each fifth of the labels by the threshold that the other four give. Where that speaks against it, there is no
+such threshold: a curve promises at its ends what no sample there keeps.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class OperatingPoint:
     """A threshold that was found, and what it does to the samples that it was found on.
 
     `keeps` is the share that clears it. For a precision: `precision` with its 95% Wilson interval, and the recall of good
-    samples, cross-fitted; None where nothing cleared the thresholds.
+    samples, cross-fitted.
     """
 
     question: str
@@ -54,7 +55,7 @@ class OperatingPoint:
 def by_precision(
     question: str, aim: str, scores: np.ndarray, good: np.ndarray, precision: float
 ) -> OperatingPoint | None:
-    """The lowest threshold with this precision; None where none has it.
+    """The lowest threshold with this precision; None where none has it, or none that the labels bear out.
 
     `scores` are probabilities, float64 [n], and `good` bool [n] with at least `LEAST` of each kind.
     """
@@ -69,18 +70,21 @@ def by_precision(
         of_rest = _lowest(scores[rest], good[rest], precision)
         cleared[fold] = scores[fold] >= (math.inf if of_rest is None else of_rest)
     count, right = int(cleared.sum()), int((cleared & good).sum())
-    point = OperatingPoint(
+    low, high = binomtest(right, count).proportion_ci(method="wilson") if count else (0.0, 0.0)
+    if high < precision:
+        return None
+    return OperatingPoint(
         question=question,
         aim=aim,
         threshold=threshold,
         samples=len(scores),
         keeps=float((scores >= threshold).mean()),
         calibrator=_calibrator(len(scores)),
+        precision=right / count,
+        low=float(low),
+        high=float(high),
+        recall=right / int(good.sum()),
     )
-    if not count:
-        return point
-    low, high = (float(bound) for bound in binomtest(right, count).proportion_ci(method="wilson"))
-    return replace(point, precision=right / count, low=low, high=high, recall=right / int(good.sum()))
 
 
 def by_share(question: str, aim: str, scores: np.ndarray, keep: float) -> OperatingPoint:

@@ -41,7 +41,7 @@ from stages.screen import ScreenQuality
 BATCH = 16
 BANDS: tuple[tuple[float, float | None], ...] = ((0.1, None), (0.3, None), (0.1, 0.9), (0.3, 0.9), (0.3, 0.7))
 """reject and accept of the screens."""
-PRECISIONS = (0.9, 0.95, 0.98)
+PRECISIONS = (0.8, 0.85, 0.9, 0.98)
 
 
 def main() -> None:

@@ -59,6 +59,15 @@ def test_precision_that_no_threshold_has_is_none() -> None:
     assert by_precision("q", "", rng.uniform(size=500), rng.uniform(size=500) < 0.5, 0.98) is None
 
 
+def test_precision_that_only_the_curve_promises_is_none() -> None:
+    """Good samples in the middle and bad ones at both ends: a rising curve promises most where there is least."""
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(size=900)
+    good = (scores > 0.4) & (scores < 0.97)
+    assert by_precision("q", "", scores, good, 0.98) is None
+    assert by_precision("q", "", scores, good, 0.9) is not None
+
+
 def test_share_keeps_the_best_and_all_that_are_equal() -> None:
     scores = np.array([0.1, 0.9, 0.5, 0.7, 0.3])
     assert by_share("q", "", scores, 0.6).threshold == 0.5
