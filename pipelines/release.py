@@ -35,6 +35,7 @@ from infra.tables import Table
 from pipelines.choose import choose
 from pipelines.decisions import DECIDED, NONE, apply, read_decisions
 from pipelines.idset import IdSet
+from pipelines.ranking import left_to_releases
 from pipelines.release_report import write_report
 from pipelines.repack import File, Hashed, pack
 from pipelines.rules import Rules
@@ -106,7 +107,8 @@ def release(
         where: an SQL condition on a release's columns (see pipelines.choose); left out, verdict = 'accepted'. Withdrawn
             samples are never in it.
         pack_bytes: copy the media into tars of about this many bytes; left out, rows refer to the shards of their runs.
-        rules: near-duplicates and caps that it is held to as a whole.
+        rules: shares, near-duplicates and caps that it is held to as a whole; shares that the newest run left to releases are
+            among them unless they name others.
         progress: told how many media were looked at for that, and of how many.
 
     UserError where the name is taken, the condition is wrong, or no sample meets it.
@@ -194,6 +196,9 @@ def _release(
     chosen = choose(snapshot.batches, where)
     if len(chosen) == 0:
         raise UserError(f"where: no sample meets {where!r}; nothing was released")
+    rules = rules or Rules()
+    if not rules.keep and (keep := left_to_releases(storage)):
+        rules = rules.model_copy(update={"keep": keep})
     selected = select(storage, snapshot, chosen, rules, progress) if rules else None
     writer = _Writer(storage, name, nonce, pack_bytes)
     try:

@@ -1,5 +1,6 @@
 """What a release is held to as a whole: near-duplicates and caps, as a YAML file and options of the command say.
 
+keep: {overall: 0.6}
 near_duplicates: {hash: 6, cosine: 0.99, match: either}
 against: [v1]
 embedding: {model: pack://shapes}
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -98,6 +99,11 @@ class Rules(Section):
     against: tuple[str, ...] | Literal["all"] = Field(
         (), description="Earlier releases: what is in them, or near to it, is left out."
     )
+    keep: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
+        {},
+        description="Score, or `overall`, the mean of all by `rank`, and the share of samples to keep, the best ones by it."
+        " Left out, what `judge.thresholds` of the newest run leaves to releases.",
+    )
     caps: tuple[Cap, ...] = Field((), description="Applied together, best samples first.")
     embedding: EmbeddingRule | None = Field(None, description="For cosine and topic.")
     topics: int = Field(20, ge=2, le=1000, description="Clusters of embeddings that `topic` tells apart.")
@@ -117,7 +123,7 @@ class Rules(Section):
         return any(cap.by == TOPIC for cap in self.caps)
 
     def __bool__(self) -> bool:
-        return bool(self.near_duplicates or self.caps)
+        return bool(self.near_duplicates or self.caps or self.keep)
 
 
 def read_rules(

@@ -1,14 +1,13 @@
 """Which samples of a release stay where it is held to rules as a whole: no near-duplicates, no value above its cap.
 
 Best first, by the weighted mean of the scores that the rubric gives a weight, then by sample_id: the same dataset gives the
-same release. Near-duplicates go first, then caps. In memory is less than a kilobyte a sample, and another with
-embeddings.
+same release. What is below a share to keep goes first, then near-duplicates, then caps. In memory is less than a kilobyte a
+sample, and another with embeddings.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,12 +19,12 @@ import pyarrow.parquet as pq
 
 from infra.errors import UserError
 from infra.storage import Storage
-from infra.tables import Table
 from pipelines.caps import Values, apply_caps
 from pipelines.choose import evaluate
 from pipelines.embedding import embedding_kind
 from pipelines.idset import IdSet
 from pipelines.near import KEPT, CosineIndex, HashIndex, Index, cells, thin
+from pipelines.ranking import keep_best, quality, rank_weights
 from pipelines.rules import TOPIC, Cap, Rules
 from pipelines.signatures import (
     EmbeddingKind,
@@ -38,8 +37,6 @@ from pipelines.signatures import (
     hashes,
     place_of,
 )
-from stages.rubric import load_rubric
-from stages.score import MEASURED
 
 if TYPE_CHECKING:
     from pipelines.release import Released, Snapshot
@@ -52,8 +49,6 @@ CLUSTERS = 20
 """Largest clusters that a report shows."""
 MEMBERS = 5
 """Removed samples of a cluster that are named, the best."""
-UNRANKED = -1.0
-"""Where a sample has none of the scores: after all that have one."""
 
 
 @dataclass
@@ -86,6 +81,7 @@ class _Signed:
 def select(storage: Storage, snapshot: Snapshot, chosen: IdSet, rules: Rules, progress: Progress) -> Selected:
     """Hold the `chosen` samples of a dataset to `rules`."""
     weights = rules.rank or rank_weights(storage)
+    chosen, keeps = keep_best(snapshot, chosen, rules.keep, weights)
     found = _candidates(snapshot, chosen, weights)
     earlier = _releases(storage, rules)
     kinds: list[Kind] = [HashKind()] if rules.near_duplicates and rules.near_duplicates.hash is not None else []
@@ -104,6 +100,7 @@ def select(storage: Storage, snapshot: Snapshot, chosen: IdSet, rules: Rules, pr
     said: dict[str, Any] = {
         "rules": rules.model_dump(mode="json"),
         "rank": weights,
+        "keep": keeps,
         "signatures": [kind.name for kind in kinds],
         "embedding": next((kind.version for kind in kinds if isinstance(kind, EmbeddingKind)), None),
         "candidates": len(found.ids),
@@ -124,6 +121,8 @@ def select(storage: Storage, snapshot: Snapshot, chosen: IdSet, rules: Rules, pr
 
 def told(said: Mapping[str, Any]) -> Iterator[str]:
     """What a person is told of a selection, in a few words each."""
+    for keep in said.get("keep") or ():
+        yield f"{keep['removed']} removed below {keep['score']} {keep['threshold']:.4g}, to keep {keep['share']:.4g}"
     if near := said.get("near_duplicates"):
         yield f"{near['removed']} near-duplicates removed in {near['clusters']} clusters"
         if near["in_earlier_releases"]:
@@ -132,31 +131,6 @@ def told(said: Mapping[str, Any]) -> Iterator[str]:
         yield f"{cap['removed']} removed by the cap on {cap['by']}"
     if said and (blind := said["not_compared"]["samples"]):
         yield f"{blind} could not be compared, as their media cannot be read"
-
-
-def rank_weights(storage: Storage) -> dict[str, float]:
-    """Weights of scores by the rubric of the newest run; none where its judge has no rubric."""
-    rows = Table(storage, "runs").read(["spec_json", "created_at"]).to_pylist()
-    newest = max(rows, key=lambda row: row["created_at"], default=None)
-    judge = json.loads(newest["spec_json"] or "{}").get("judge", {}) if newest else {}
-    if judge.get("backend", "transformers") not in ("transformers", "openai", "oracle") or not judge:
-        return {}
-    try:
-        rubric = load_rubric(judge.get("rubric", "default"))
-    except UserError as error:
-        raise UserError(
-            f"rank: the newest run's {error}; or give the weights of scores as `rank` in --rules"
-        ) from error
-    return {question.name: question.weight for question in rubric.questions if question.weight}
-
-
-def quality(scores: list[dict[str, Any]] | None, weights: Mapping[str, float]) -> float:
-    """The weighted mean of the scores that have a weight, of the judge's alike where there are no weights."""
-    own = {item["name"]: item["value"] for item in scores or () if item["value"] is not None}
-    used = weights or {name: 1.0 for name in own if name not in MEASURED}
-    pairs = [(weight, own[name]) for name, weight in used.items() if name in own and np.isfinite(own[name])]
-    total = sum(weight for weight, _ in pairs)
-    return sum(weight * value for weight, value in pairs) / total if total else UNRANKED
 
 
 def _candidates(snapshot: Snapshot, chosen: IdSet, weights: Mapping[str, float]) -> _Candidates:

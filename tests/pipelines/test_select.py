@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from infra.commit import Committer, write_part
 from infra.errors import UserError
 from infra.media import decode, encode
-from infra.schema import SAMPLES
+from infra.schema import RUNS, SAMPLES
 from infra.shard import build_tar
 from infra.storage import Storage
 from infra.tables import Table
@@ -26,9 +27,9 @@ from models.pack.world import render
 from models.source import content_sha256, resolve
 from pipelines import signatures
 from pipelines.annotate import withdraw
+from pipelines.ranking import quality
 from pipelines.release import Released, release
 from pipelines.rules import Rules, read_rules
-from pipelines.select import quality
 from pipelines.verify import verify
 
 VERDICT = "accepted"
@@ -126,6 +127,31 @@ def test_the_best_of_a_cluster_stays(tmp_path, clips):
     by_motion = rules(**NEAR, rank={"motion": 1.0})
     least = min(("copy 0", "copy 2"), key=sample_id)  # motion is the same of all
     assert names(storage, release(storage, "v3", rules=by_motion)) == {least}
+
+
+def test_a_share_keeps_the_best_by_one_score_or_by_all(tmp_path, clips):
+    storage = Storage(str(tmp_path))
+    store(storage, {f"clip {at}": clip for at, clip in enumerate(clips[:5])}, score=[0.1, 0.9, 0.5, 0.7, 0.3])
+    store(storage, {"not asked": clips[5]}, run="b", scores=[[{"name": "motion", "value": 1.0}]])
+    made = release(storage, "v1", rules=rules(keep={"prompt_match": 0.4}))
+    assert names(storage, made) == {"clip 1", "clip 3", "not asked"}
+    assert made.selection["keep"] == [{"score": "prompt_match", "share": 0.4, "threshold": 0.7, "removed": 3}]
+    assert "3 removed below prompt_match 0.7, to keep 0.4" in str(made)
+    assert names(storage, release(storage, "v2", rules=rules(keep={"overall": 0.2}))) == {"clip 1", "not asked"}
+    with pytest.raises(UserError, match=r"keep.beauty: no sample of this release has this score"):
+        release(storage, "v3", rules=rules(keep={"beauty": 0.5}))
+
+
+def test_a_share_that_the_spec_leaves_to_releases(tmp_path, clips):
+    storage = Storage(str(tmp_path))
+    store(storage, {f"clip {at}": clip for at, clip in enumerate(clips[:4])}, score=[0.1, 0.9, 0.5, 0.7])
+    bars = {"prompt_match": {"keep": 0.5, "first": None}, "overall": {"keep": 0.9, "first": 20}, "motion": 0.1}
+    spec = {"judge": {"backend": "transformers", "rubric": "default", "thresholds": bars}}
+    row = {"run_id": "r", "event": "started", "spec_json": json.dumps(spec), "created_at": datetime.now(UTC)}
+    part = write_part(storage, "runs/r.parquet", pa.Table.from_pylist([row], RUNS))
+    Committer(Table(storage, "runs"), "r").commit([part])
+    assert names(storage, release(storage, "v1")) == {"clip 1", "clip 3"}
+    assert names(storage, release(storage, "v2", rules=rules(keep={"prompt_match": 0.25}))) == {"clip 1"}
 
 
 def test_images_are_compared_too(tmp_path, clips):
