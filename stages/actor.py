@@ -197,7 +197,7 @@ def run_stage(stage: Stage, batch: Batch, accelerators: float = 1.0) -> tuple[Ba
     live = batch["error_type"] == ""
     if stage.skips_rejected and "verdict" in batch:
         live &= batch["verdict"] != "rejected"
-    if (wants := getattr(stage, "wants", None)) is not None:
+    if live.any() and (wants := getattr(stage, "wants", None)) is not None:
         live &= wants(batch)
     index = np.flatnonzero(live)
     if len(index) == 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -203,18 +204,28 @@ class Watched:
     def check(self, reference: dict[str, np.ndarray]) -> None:
         """Assert that every promise holds, that nothing is left over, and that latents equal an undisturbed run's."""
         from infra.control import sweep_stale
+        from infra.vacuum import vacuum
         from pipelines.verify import verify
 
-        assert list(map(str, verify(self.storage))) == []
+        findings = [str(finding) for finding in verify(self.storage)]
+        if self.storage.is_s3 and findings and all(map(LATE.match, findings)):
+            print("  after the end:", *findings, flush=True)
+            vacuum(self.storage, older_than=0.0)
+            findings = [str(finding) for finding in verify(self.storage)]
+        assert findings == [], findings
         found = self.latents()
         assert found.keys() == reference.keys()
         for sample_id, latents in reference.items():
             assert found[sample_id].tobytes() == latents.tobytes(), f"the latents of {sample_id} differ"
         if self.storage.is_s3:
-            # A request that its client gave up may land later: a heartbeat, after the run has ended. The next run sweeps it.
+            # A heartbeat, likewise. The next run sweeps it.
             sweep_stale(self.storage, but="")
         assert list(self.storage.files("control")) == []
         assert [name for name in self.storage.files() if ".tmp" in name] == []
+
+
+LATE = re.compile(r"(part_not_in_log|shard_not_referenced)\b")
+"""What a request leaves that its client gave up and that lands after the run has ended: a file that no transaction refers to."""
 
 
 @dataclass(frozen=True)

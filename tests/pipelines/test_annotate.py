@@ -262,7 +262,8 @@ def break_media(storage: Storage, row: dict[str, Any], how: str) -> None:
 
 @pytest.mark.ray
 def test_rejudge_by_another_judge_looks_at_stored_media_and_resumes(generated, cluster):
-    run = generated(judge={"num_frames": 2, "thresholds": {"prompt_match": 0.5, "motion_smooth": 0.0}})
+    judge = {"num_frames": 2, "screen": {"model": "pack://tiny", "num_frames": 1, "reject": 0.0}}
+    run = generated(judge={**judge, "thresholds": {"prompt_match": 0.5, "motion_smooth": 0.0}})
     rows = samples(run.storage)
     kept = sorted(
         (row for row in rows if row["media"]), key=lambda row: (row["media"][0]["shard"], row["media"][0]["offset"])
@@ -275,8 +276,9 @@ def test_rejudge_by_another_judge_looks_at_stored_media_and_resumes(generated, c
     assert any("sha256" in error for error in done.errors)
     said = read_decisions(run.storage)
     assert set(said) == {row["sample_id"] for row in rows} - {kept[0]["sample_id"], kept[-1]["sample_id"]}
+    questions = {"prompt_match", "no_artefacts", "motion_smooth"}
     for one in said.values():
-        assert set(one.scores) == {"prompt_match", "no_artefacts", "motion_smooth"}
+        assert set(one.scores) == questions | {f"screen_{name}" for name in questions}
         assert one.rubric == run.rubric_id
     for shard, data in whole.items():
         run.storage.write_bytes(shard, data)
@@ -293,7 +295,7 @@ def test_rejudge_by_another_judge_looks_at_stored_media_and_resumes(generated, c
     )
 
     # What this judge has answered decides again without it.
-    strict = generated(judge={"num_frames": 2, "thresholds": {"prompt_match": 1.0}})
+    strict = generated(judge={**judge, "thresholds": {"prompt_match": 1.0}})
     assert rejudge(strict, no_cluster).rejected == 6
     assert live_runs(run.storage) == []
     assert uncommitted_files(run.storage) == []

@@ -127,3 +127,12 @@ def test_screen_that_answers_no_number_leaves_it_to_the_judge(screen, monkeypatc
     tags = replace(screen, rubric=load_rubric("prompt_match").only(["tags_match"]), accept=0.5)
     assert tags.settle({}, 9) is None and tags.settle({"screen_tags_match": 0.9}, 9, {"tags": "a"}) is not None
     assert screen.settle({}, 9) is None and replace(screen, accept=0.5).settle({}, 9) is None
+
+
+def test_batch_of_which_nothing_could_be_read_asks_nobody(screen, judge):
+    """Without a live sample there are no frames and no answers of the screen to look at."""
+    lost = {name: column for name, column in batch().items() if name not in ("frames", "scores")}
+    lost["error_type"] = texts(["read_failed"] * COUNT)
+    first, _ = run_stage(screen, lost)
+    out, seconds = run_stage(replace(judge, screen=screen), first)
+    assert out is lost and seconds == 0.0
