@@ -225,7 +225,7 @@ class Watched:
 
 
 LATE = re.compile(r"(part_not_in_log|shard_not_referenced)\b")
-"""What a request leaves that its client gave up and that lands after the run has ended: a file that no transaction refers to."""
+"""A file that no transaction refers to: what a request leaves that its client gave up and that lands after the run's end."""
 
 
 @dataclass(frozen=True)
