@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
-from models.multimodal import MultimodalRef
+from models.multimodal import MultimodalRef, load_multimodal
 from models.pack.phrases import describe
 from models.pack.train.intervals import wilson
 from models.pack.train.judge_exam import exams
@@ -85,6 +85,9 @@ def main() -> None:
 
 def _through(stages: tuple[Stage, ...], batches: list[Batch]) -> tuple[np.ndarray, float, list[dict[str, float]]]:
     """Which clips were accepted, bool [n], the CPU-seconds that it took, and their scores."""
+    load_multimodal.cache_clear()  # and with it what has been read of the clips
+    for stage in stages:
+        stage.load()
     accepted, scores = [], []
     began = time.process_time()
     for batch in batches:
