@@ -156,7 +156,7 @@ def _pairs(run: Run | None, section: str) -> str:
 
 
 def _bars(run: Run | None) -> list[str]:
-    found = thresholds(run.spec) if run else {}
+    found = thresholds(run.spec, run.points) if run else {}
     return [
         f"{name} {'>=' if bound.least else '<='} {number(bound.value)}"
         for name, bounds in found.items()

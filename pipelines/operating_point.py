@@ -57,7 +57,7 @@ def by_precision(
 ) -> OperatingPoint | None:
     """The lowest threshold with this precision; None where none has it, or none that the labels bear out.
 
-    `scores` are probabilities, float64 [n], and `good` bool [n] with at least `LEAST` of each kind.
+    `scores` are probabilities or rewards, float64 [n], and `good` bool [n] with at least `LEAST` of each kind.
     """
     from scipy.stats import binomtest
     from sklearn.model_selection import StratifiedKFold
@@ -111,10 +111,13 @@ def calibrated(scores: np.ndarray, good: np.ndarray) -> np.ndarray:
         return fitted
     from sklearn.linear_model import LogisticRegression
 
-    clipped = np.clip(scores, EDGE, 1 - EDGE)
-    logits = np.log(clipped / (1 - clipped))[:, None]
-    curve = LogisticRegression(C=100.0).fit(logits, good)
-    return np.asarray(curve.predict_proba(logits)[:, 1])
+    if scores.min() >= 0 and scores.max() <= 1:
+        clipped = np.clip(scores, EDGE, 1 - EDGE)
+        scale = np.log(clipped / (1 - clipped))
+    else:  # a reward of the user's own
+        scale = (scores - scores.mean()) / (scores.std() or 1.0)
+    curve = LogisticRegression(C=100.0).fit(scale[:, None], good)
+    return np.asarray(curve.predict_proba(scale[:, None])[:, 1])
 
 
 def _calibrator(labels: int) -> str:

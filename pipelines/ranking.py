@@ -15,8 +15,9 @@ from infra.storage import Storage
 from infra.tables import Table
 from pipelines.idset import IdSet
 from pipelines.operating_point import by_share
-from stages.rubric import OVERALL, load_rubric
+from stages.rubric import OVERALL, load_rubric, with_decomposed
 from stages.score import MEASURED
+from stages.screen import PREFIX
 
 if TYPE_CHECKING:
     from pipelines.release import Snapshot
@@ -36,13 +37,16 @@ def rank_weights(storage: Storage) -> dict[str, float]:
         raise UserError(
             f"rank: the newest run's {error}; or give the weights of scores as `rank` in --rules"
         ) from error
+    if decompose := judge.get("decompose"):
+        rubric = with_decomposed(rubric, decompose["threshold"])
     return {question.name: question.weight for question in rubric.questions if question.weight}
 
 
 def quality(scores: list[dict[str, Any]] | None, weights: Mapping[str, float]) -> float:
-    """The weighted mean of the scores that have a weight, of the judge's alike where there are no weights."""
-    own = {item["name"]: item["value"] for item in scores or () if item["value"] is not None}
-    used = weights or {name: 1.0 for name in own if name not in MEASURED}
+    """The weighted mean of the scores that have a weight, of the judge's alike where there are no weights. What the judge was
+    not asked is the screen's answer."""
+    own = _scores(scores)
+    used = weights or {name: 1.0 for name in own if name not in MEASURED and not name.startswith(PREFIX)}
     pairs = [(weight, own[name]) for name, weight in used.items() if name in own and np.isfinite(own[name])]
     total = sum(weight for weight, _ in pairs)
     return sum(weight * value for weight, value in pairs) / total if total else UNRANKED
@@ -67,11 +71,12 @@ def keep_best(
     columns: dict[str, list[float]] = {name: [] for name in keep}
     for batch, _ in snapshot.chosen(chosen, ["sample_id", "verdict", "scores", "media"]):
         for row in batch.select(["sample_id", "scores"]).to_pylist():
-            own = {item["name"]: item["value"] for item in row["scores"] or ()}
-            own.setdefault(OVERALL, found if (found := quality(row["scores"], weights)) != UNRANKED else None)
+            own = _scores(row["scores"])
+            if (found := quality(row["scores"], weights)) != UNRANKED:
+                own.setdefault(OVERALL, found)
             ids.append(row["sample_id"])
             for name, values in columns.items():
-                values.append(math.nan if own.get(name) is None else own[name])
+                values.append(own.get(name, math.nan))
     stay, said = np.ones(len(ids), dtype=bool), []
     for name, share in keep.items():
         column = np.array(columns[name])
@@ -83,6 +88,11 @@ def keep_best(
         said.append({"score": name, "share": share, "threshold": point.threshold, "removed": int(gone.sum())})
         stay &= ~gone
     return IdSet([pa.array(np.array(ids)[stay])]), said
+
+
+def _scores(scores: list[dict[str, Any]] | None) -> dict[str, float]:
+    own = {item["name"]: item["value"] for item in scores or () if item["value"] is not None}
+    return {name.removeprefix(PREFIX): value for name, value in own.items() if name.startswith(PREFIX)} | own
 
 
 def _newest_judge(storage: Storage) -> dict[str, Any]:

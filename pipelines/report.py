@@ -119,7 +119,7 @@ def render(facts: Facts, tiles: Sequence[Tile], title: str, key: str, refresh: i
     environment.filters |= {"number": charts.number, "duration": charts.duration, "clamp": clamp}
     script = _asset("report.js")
     last = facts.runs[-1] if facts.runs else None
-    bounds = thresholds(last.spec) if last else {}
+    bounds = thresholds(last.spec, last.points) if last else {}
     overtime, overtime_note = charts.throughput(facts.times, facts.stride)
     costs = _costs(facts)
     return environment.get_template("report.html").render(

@@ -37,7 +37,7 @@ from stages.caption import CaptionMedia
 from stages.caption_schema import load_schema
 from stages.decompose import DecomposePrompts
 from stages.judge import JudgeQuality
-from stages.rubric import Rubric, check_screen, check_thresholds, load_rubric, with_decomposed
+from stages.rubric import OVERALL, Rubric, check_screen, check_thresholds, load_rubric, with_decomposed
 from stages.score import ScoreMedia
 from stages.screen import ScreenQuality
 from stages.write import GeneratorFacts, WriteShards
@@ -94,7 +94,7 @@ class Resolved:
             backend=spec.judge.backend,
             call=spec.judge.call,
             version=spec.judge.version,
-            thresholds=tuple(sorted(spec.judge.bars.items())),
+            thresholds=tuple(sorted(self.bars.items())),
             facts=facts,
             num_frames=spec.judge.num_frames,
             threads=spec.layout.threads,
@@ -158,13 +158,20 @@ class Resolved:
         return f"{self.rubric.name}@{hashlib.sha256(shown.encode()).hexdigest()[:12]}"
 
     @property
+    def bars(self) -> dict[str, float]:
+        """The judge's thresholds that the spec says and that were found."""
+        return self.spec.judge.bars | {point.question: point.threshold for point in self.points}
+
+    @property
     def rubric_id(self) -> str:
         """What a row says of its rubric: `asked`, and after a plus sign a hash of every bound that its verdict depends on."""
         judge = self.spec.judge
         bounds = {
-            "judge": self.rubric.thresholds(judge.bars) if self.asked else {},
+            "judge": self.rubric.thresholds(self.bars) if self.asked else {},
             "score": self.spec.score.model_dump(),
         }
+        if OVERALL in self.bars:
+            bounds["weights"] = {question.name: question.weight for question in self.rubric.questions}
         if judge.screen is not None:
             bounds["screen"] = {"reject": judge.screen.reject, "accept": judge.screen.accept}
         return f"{self.asked}+{hashlib.sha256(json.dumps(bounds, sort_keys=True).encode()).hexdigest()[:8]}"

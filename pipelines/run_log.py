@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
 from infra.errors import UserError
 from infra.secrets import redact
 from stages.rubric import load_rubric, with_decomposed
+
+NO_POINTS: Mapping[str, float] = MappingProxyType({})
 
 LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
@@ -34,6 +37,8 @@ class Run:
     hosts: Any
     licences: Any
     reproducible: str
+    points: Mapping[str, float] = field(default_factory=dict)
+    """Thresholds that it found (see pipelines.thresholds)."""
 
 
 @dataclass(frozen=True)
@@ -71,24 +76,29 @@ def _run(run_id: str, first: dict[str, Any], last: dict[str, Any]) -> Run:
         hosts=_json(said("hosts_json")),
         licences=_json(said("licences_json")),
         reproducible=said("reproducible") or "",
+        points={
+            point["question"]: point["threshold"] for point in _object(_json(said("extra_json"))).get("points", ())
+        },
     )
 
 
-def thresholds(spec: Mapping[str, Any]) -> dict[str, list[Threshold]]:
-    """Score name -> the bounds that a resolved spec puts on it."""
+def thresholds(spec: Mapping[str, Any], points: Mapping[str, float] = NO_POINTS) -> dict[str, list[Threshold]]:
+    """Score name -> the bounds that a resolved spec puts on it, with the thresholds that its run found."""
     found: dict[str, list[Threshold]] = {}
     for key, value in _object(spec.get("score")).items():
         side, _, name = key.partition("_")
         if side in ("min", "max") and value is not None:
             found.setdefault(name, []).append(Threshold(float(value), side == "min"))
-    for name, value in _judge_thresholds(_object(spec.get("judge"))).items():
+    judge = _object(spec.get("judge"))
+    sought = {name for name, bar in _object(judge.get("thresholds")).items() if isinstance(bar, dict)}
+    bars = {name: bar for name, bar in _judge_thresholds(judge).items() if name not in sought}
+    for name, value in (bars | dict(points)).items():
         found.setdefault(name, []).append(Threshold(value, True))
     return found
 
 
 def _judge_thresholds(judge: Mapping[str, Any]) -> dict[str, float]:
-    said = _object(judge.get("thresholds"))
-    own = dict.fromkeys(said, 0.0) | _numbers(said)  # one that is yet to be found lets everything pass
+    own = _numbers(judge.get("thresholds"))
     if judge.get("backend") != "transformers":
         return own
     try:

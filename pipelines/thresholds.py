@@ -31,7 +31,7 @@ BAD = ("n", "no", "bad", "reject", "rejected", "false", "0")
 
 
 def find_thresholds(run: Resolved) -> Resolved:
-    """`run` with its thresholds found, and `points` that say how.
+    """`run` with `points`, the thresholds that were found.
 
     A share without `first` is left to releases; one whose first samples are not there yet lets everything pass.
     UserError where labels are too few, or no threshold reaches the precision.
@@ -48,18 +48,15 @@ def find_thresholds(run: Resolved) -> Resolved:
         if point is not None:
             points.append(point)
             log().info("threshold found", **asdict(point))
-    if not points:
-        return run
-    found = {point.question: point.threshold for point in points}
-    judge = run.spec.judge.model_copy(update={"thresholds": {**run.spec.judge.thresholds, **found}})
-    return replace(run, spec=run.spec.model_copy(update={"judge": judge}), points=tuple(points))
+    return replace(run, points=tuple(points))
 
 
 def told(run: Resolved) -> list[str]:
     """A line for each threshold that was found, or that lets everything pass for now."""
     lines = [str(point) for point in run.points]
+    found = {point.question for point in run.points}
     for name, bar in run.spec.judge.thresholds.items():
-        if isinstance(bar, Bar):
+        if isinstance(bar, Bar) and name not in found:
             when = f"once {bar.first} samples are answered, by the next run" if bar.first else "by each release"
             lines.append(f"judge.thresholds.{name}: {bar} will be found {when}; until then everything passes it")
     return lines
@@ -125,7 +122,7 @@ def _scores(run: Resolved, name: str) -> Iterator[float]:
 
 
 def _score(run: Resolved, answers: dict[str, float], name: str) -> float | None:
-    """The answer to question `name`; None where there is none, and for `overall` where any is missing."""
+    """The answer to question `name`; `overall` is the weighted mean of those that there are. None where there is none."""
     if name != OVERALL or name in answers:
         return answers.get(name)
     found = run.rubric.overall(answers)
@@ -134,7 +131,7 @@ def _score(run: Resolved, answers: dict[str, float], name: str) -> float | None:
 
 def _found_before(run: Resolved, name: str, bar: Bar) -> OperatingPoint | None:
     """What an earlier run found for the same aim with this judge and these questions."""
-    mine = {"question": name, "aim": str(bar), "judge": run.judge_name, "asked": run.asked}
+    mine = {"question": name, "aim": str(bar), **_who(run, name)}
     for text in Table(run.storage, "runs").read(["extra_json"])["extra_json"].to_pylist():
         for said in json.loads(text or "{}").get("points", ()):
             if mine.items() <= said.items():
@@ -144,5 +141,10 @@ def _found_before(run: Resolved, name: str, bar: Bar) -> OperatingPoint | None:
 
 def as_told(run: Resolved) -> dict[str, Any]:
     """What a run's row says of its points."""
-    who = {"judge": run.judge_name, "asked": run.asked}
-    return {"points": [asdict(point) | who for point in run.points]} if run.points else {}
+    return {"points": [asdict(point) | _who(run, point.question) for point in run.points]} if run.points else {}
+
+
+def _who(run: Resolved, name: str) -> dict[str, str]:
+    """What a score depends on: who was asked what, and for `overall` how answers are weighed."""
+    weighed = f"/{run.rubric.sha256[:12]}" if name == OVERALL else ""
+    return {"judge": run.judge_name, "asked": run.asked + weighed}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from ipaddress import ip_address
 from typing import Annotated, Literal, Self
@@ -11,7 +12,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from models.facts import Score
 from pipelines.sections import DEFAULT_PACK, Section
-from stages.rubric import built_in_rubrics
+from stages.rubric import OVERALL, built_in_rubrics
 
 
 class Viewer(Section):
@@ -242,15 +243,19 @@ class Judge(Viewer):
         return self
 
     @model_validator(mode="after")
-    def _screens_a_model(self) -> Judge:
+    def _is_about_a_model(self) -> Judge:
+        if self.backend == "call" and OVERALL in self.thresholds:
+            raise ValueError(
+                "thresholds.overall needs a rubric, which backend `call` has none of; name a score of its own"
+            )
         if self.screen is not None and self.backend not in ("transformers", "openai"):
             raise ValueError(f"screen belongs to backends `transformers` and `openai`, found {self.backend}; remove it")
         return self
 
     @property
     def bars(self) -> dict[str, float]:
-        """The thresholds that are known; one that is yet to be found lets everything pass."""
-        return {name: bar if isinstance(bar, float) else 0.0 for name, bar in self.thresholds.items()}
+        """The thresholds as they stand; one that is to be found is below every answer."""
+        return {name: bar if isinstance(bar, float) else -math.inf for name, bar in self.thresholds.items()}
 
 
 class Caption(Viewer):

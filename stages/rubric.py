@@ -40,9 +40,10 @@ NO_PARTS: Mapping[str, str] = MappingProxyType({})
 def parts_of(negative_prompt: str, tags: Sequence[Any], extra: Mapping[str, Any]) -> dict[str, str]:
     """What a question may quote of a record beside its prompt; what is empty or not given is not there.
 
-    `extra` holds the record's other columns: a list is quoted with commas, any other value that is no text as JSON.
+    `extra` holds the record's other columns: a list is quoted with commas, any other value that is no text as JSON. What is
+    there of stored samples alone (`licence`, `decomposed`) is none of them.
     """
-    columns = {f"{_COLUMN}{name}": value for name, value in extra.items() if name != DECOMPOSED}
+    columns = {f"{_COLUMN}{name}": value for name, value in extra.items() if name not in (DECOMPOSED, "licence")}
     values = {"negative_prompt": negative_prompt, "tags": tags, **columns}
     return {name: text for name, value in values.items() if (text := _quoted(_written(value)))}
 
@@ -58,7 +59,9 @@ class Question(BaseModel):
         " other column of the record."
     )
     threshold: float = Field(0.5, ge=0, le=1, description="Least P(yes) of an accepted sample.")
-    weight: float = Field(1.0, ge=0, description="For those who rank samples by one number; no verdict depends on it.")
+    weight: float = Field(
+        1.0, ge=0, description="In `overall`, by which samples are ranked, and judged where it has a threshold."
+    )
     media: Literal["any", "video", "image"] = Field("any", description="What it is asked about.")
 
     @field_validator("text")
@@ -199,7 +202,7 @@ def check_thresholds(rubric: Rubric, thresholds: dict[str, float]) -> None:
             raise UserError(
                 f"judge.thresholds.{name}: rubric {rubric.name} has no such question; it has {', '.join(names)}"
             )
-        if not 0 <= value <= 1:
+        if not (0 <= value <= 1 or value == -math.inf):  # one that is to be found
             raise UserError(f"judge.thresholds.{name}: expected a probability between 0 and 1, found {value}")
 
 

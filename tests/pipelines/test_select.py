@@ -27,7 +27,7 @@ from models.pack.world import render
 from models.source import content_sha256, resolve
 from pipelines import signatures
 from pipelines.annotate import withdraw
-from pipelines.ranking import quality
+from pipelines.ranking import quality, rank_weights
 from pipelines.release import Released, release
 from pipelines.rules import Rules, read_rules
 from pipelines.verify import verify
@@ -152,6 +152,23 @@ def test_a_share_that_the_spec_leaves_to_releases(tmp_path, clips):
     Committer(Table(storage, "runs"), "r").commit([part])
     assert names(storage, release(storage, "v1")) == {"clip 1", "clip 3"}
     assert names(storage, release(storage, "v2", rules=rules(keep={"prompt_match": 0.25}))) == {"clip 1"}
+
+
+def test_what_a_screen_accepted_is_ranked_by_its_answers():
+    sure = [{"name": "motion", "value": 9.0}, {"name": "screen_prompt_match", "value": 0.99}]
+    both = [{"name": "screen_prompt_match", "value": 0.9}, {"name": "prompt_match", "value": 0.51}]
+    assert quality(sure, {"prompt_match": 2.0, "no_artefacts": 1.0}) == pytest.approx(0.99)
+    assert quality(both, {"prompt_match": 2.0}) == quality(both, {}) == pytest.approx(0.51)
+
+
+def test_facts_of_a_prompt_are_ranked_as_they_are_judged(tmp_path):
+    storage = Storage(str(tmp_path))
+    spec = {"judge": {"backend": "transformers", "rubric": "default", "decompose": {"threshold": 0.5}}}
+    row = {"run_id": "r", "event": "started", "spec_json": json.dumps(spec), "created_at": datetime.now(UTC)}
+    part = write_part(storage, "runs/r.parquet", pa.Table.from_pylist([row], RUNS))
+    Committer(Table(storage, "runs"), "r").commit([part])
+    weights = {"prompt_match": 2.0, "no_artefacts": 1.0, "motion_smooth": 1.0, "decomposed": 1.0}
+    assert rank_weights(storage) == weights
 
 
 def test_images_are_compared_too(tmp_path, clips):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from pipelines.report_data import Snapshot, read_facts
 from pipelines.resolve import Resolved
 from pipelines.run import commit_run_row
 from pipelines.thresholds import find_thresholds, told
+from stages.rubric import Question
 
 OTHERS = {"no_artefacts": 0.0, "motion_smooth": 0.0}
 
@@ -119,7 +122,8 @@ def test_precision_is_reached_on_labels_and_decides(labelled: Any) -> None:
         generated(judge={"thresholds": {"prompt_match": {"precision": 0.9, "labels": path}, **OTHERS}})
     )
     (point,) = run.points
-    assert run.spec.judge.thresholds["prompt_match"] == point.threshold == pytest.approx(0.8, abs=0.08)
+    assert run.bars["prompt_match"] == point.threshold == pytest.approx(0.8, abs=0.08)
+    assert run.spec.judge.thresholds["prompt_match"].precision == 0.9, "the spec stays as it was asked"
     assert point.samples == 400
     assert f"precision 0.9 is {point.threshold:.4g}: precision 0." in str(point) and "400 labels" in str(point)
     assert run.rubric_id != generated().rubric_id
@@ -164,8 +168,8 @@ def test_precision_out_of_reach_is_a_mistake(labelled: Any) -> None:
 def test_share_of_the_first_samples_is_found_once_and_stays(generated: Callable[..., Resolved]) -> None:
     spec = {"thresholds": {"prompt_match": {"keep": 0.25, "first": 20}, **OTHERS}}
     run = generated(judge=spec)
-    assert find_thresholds(run) is run, "six samples are not twenty"
-    assert run.scoring()[-1].bars()["prompt_match"] == 0.0, "until then everything passes"  # type: ignore[attr-defined]
+    assert find_thresholds(run).points == (), "six samples are not twenty"
+    assert run.scoring()[-1].bars()["prompt_match"] == -math.inf, "until then everything passes"  # type: ignore[attr-defined]
     assert "found once 20 samples are answered, by the next run; until then everything passes it" in told(run)[0]
     add_samples(run, [answer(at / 100) for at in range(14)])
     own = [
@@ -184,22 +188,54 @@ def test_share_of_the_first_samples_is_found_once_and_stays(generated: Callable[
     (extra,) = map(json.loads, said)
     assert extra["kept"] == 1 and extra["points"][0]["judge"] == run.judge_name
     other = generated(judge={**spec, "num_frames": 2})
-    assert find_thresholds(other) is other, "another judge's answers are none of this one's"
+    assert find_thresholds(other).points == (), "another judge's answers are none of this one's"
 
 
 def test_share_without_first_is_left_to_releases(generated: Callable[..., Resolved]) -> None:
     run = generated(judge={"thresholds": {"overall": {"keep": 0.5}}})
-    assert find_thresholds(run) is run
+    assert find_thresholds(run).points == ()
     (line,) = told(run)
     assert (
         line == "judge.thresholds.overall: the best 0.5 will be found by each release; until then everything passes it"
     )
 
 
+def weight_of_one(run: Resolved) -> list[Question]:
+    return [question.model_copy(update={"weight": 1.0}) for question in run.rubric.questions]
+
+
+def test_share_of_overall_is_found_anew_under_other_weights(generated: Callable[..., Resolved]) -> None:
+    run = generated(judge={"thresholds": {"overall": {"keep": 0.25, "first": 20}}})
+    add_samples(run, [answer(at / 100) for at in range(14)])
+    found = find_thresholds(run)
+    commit_run_row(found, "started", status="running")
+    assert find_thresholds(run).points == found.points
+    other = replace(run, rubric=run.rubric.model_copy(update={"questions": tuple(weight_of_one(run))}))
+    assert find_thresholds(other).points[0].threshold != found.points[0].threshold
+
+
+def test_code_of_ones_own_may_give_any_numbers(generated: Callable[..., Resolved]) -> None:
+    """Rewards are no probabilities: below none of them is minus infinity, and a curve is fitted on their own scale."""
+    own = {"backend": "call", "call": "reward:score", "version": "1"}
+    run = generated(judge={**own, "thresholds": {"reward": {"keep": 0.6}}})
+    assert run.scoring()[-1].decide({"reward": -1.2}) == ("accepted", [])  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"thresholds.overall needs a rubric, which backend `call` has none of"):
+        generated(judge={**own, "thresholds": {"overall": 0.5}})
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(3, 2, size=800)
+    good = rng.uniform(size=800) < 1 / (1 + np.exp(3 - rewards))
+    point = by_precision("reward", "", rewards, good, 0.9)
+    assert point is not None and point.low is not None and point.low <= 0.9 and 3.5 < point.threshold < 6
+
+
 def test_overall_is_the_weighted_mean(generated: Callable[..., Resolved]) -> None:
     run = generated(judge={"thresholds": {"prompt_match": 0.0, **OTHERS, "overall": 0.6}})
     judge = run.scoring()[-1]
     found = {"prompt_match": 0.9, "no_artefacts": 0.2, "motion_smooth": 0.3}
+    weighed = generated(judge={"thresholds": {"prompt_match": 0.0, **OTHERS}}).rubric_id
+    assert run.rubric_id != weighed
+    heavier = replace(run, rubric=run.rubric.model_copy(update={"questions": tuple(weight_of_one(run))}))
+    assert heavier.asked == run.asked and heavier.rubric_id != run.rubric_id, "the verdict depends on the weights"
     assert run.rubric.overall(found) == pytest.approx((2 * 0.9 + 0.2 + 0.3) / 4)
     assert judge.decide(found) == ("rejected", ["overall 0.57 < 0.6"])  # type: ignore[attr-defined]
     assert judge.decide({**found, "motion_smooth": 0.5})[0] == "accepted"  # type: ignore[attr-defined]

@@ -215,3 +215,8 @@ def test_check_thresholds_refuses(thresholds, message, rubric):
     with pytest.raises(UserError) as raised:
         check_thresholds(rubric, thresholds)
     assert str(raised.value) == message
+
+
+def test_what_stored_samples_alone_have_is_no_part():
+    """A licence is a column of a running sample and stands in `extra` of a stored one: both are asked the same."""
+    assert parts_of("", [], {"licence": "cc0", "decomposed": [], "place": "Rome"}) == {"extra.place": "Rome"}
