@@ -22,6 +22,8 @@ import numpy as np
 
 from models.captions import listed
 
+VERSION = "1"
+"""Changes whenever another value may come of the same schema and clip."""
 MOST_ITEMS = 8
 """Items of a list whose schema has no maxItems."""
 LEAST_YES = 0.5
