@@ -272,6 +272,21 @@ def test_the_judge_verifies_where_it_is_a_model(spec: Spec) -> None:
     assert verifier(NOWHERE) is None
 
 
+@pytest.mark.parametrize("model", ["/nope", "pack://nope", "memory://nope"])
+@pytest.mark.parametrize("key", ["judge.model", "judge.screen.model", "caption.model"])
+def test_a_model_that_is_not_there_is_named_by_its_own_key(spec: Spec, key: str, model: str) -> None:
+    here: dict[str, Any] = {"model": "pack://tiny"}
+    sections = {"judge": {**here, "screen": here}, "caption": here}
+    sections |= {
+        "judge.model": {"judge": {**here, "model": model}},
+        "judge.screen.model": {"judge": {**here, "screen": {"model": model}}},
+        "caption.model": {"caption": {"model": model}},
+    }[key]
+    with pytest.raises(UserError, match=rf"^{key}: ") as caught:
+        resolve_spec(parse_spec({**spec.model_dump(mode="json"), **sections}))
+    assert "nope" in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_broken_schema_is_the_specs_mistake(spec: Spec, tmp_path: Any) -> None:
     form = tmp_path / "form.json"
     form.write_text('{"type": "array"}')
