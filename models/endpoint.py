@@ -212,8 +212,11 @@ def _free(max_new_tokens: int, temperature: float) -> dict[str, Any]:
 
 
 def _parsed(text: Answer) -> Any:
+    """The JSON value; None where there is none, or where it cannot be stored: NaN, 1e999, half a surrogate."""
     try:
-        return json.loads(str(text))
+        value = json.loads(str(text))
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        return value
     except (ValueError, RecursionError):
         return None
 

@@ -41,13 +41,13 @@ _INDEX = {
 }
 
 
-def resolve(uri: str, part: str, revision: str | None = None) -> str:
+def resolve(uri: str, part: str, revision: str | None = None, key: str | None = None) -> str:
     """Local path of a model: a folder, or for `part='adapter'` also one safetensors file.
 
     `uri` is pack://NAME, a local path, an fsspec URL (fetched once into the cache) or a hub id; `part` is generator,
-    judge, expander, decomposer or adapter. A UserError names the key of the spec that is wrong.
+    judge, expander, decomposer or adapter. A UserError names the key of the spec that is wrong: `key`, or else the part's.
     """
-    key = _KEYS[part]
+    key = key or _KEYS[part]
     if uri.startswith("pack://"):
         if part not in PARTS:
             raise UserError(f"{key}: {uri} has no {part}; a pack has: {', '.join(PARTS)}")

@@ -22,6 +22,8 @@ import numpy as np
 
 from models.captions import listed
 
+VERSION = "1"
+"""Changes whenever another value may come of the same schema and clip."""
 MOST_ITEMS = 8
 """Items of a list whose schema has no maxItems."""
 LEAST_YES = 0.5
@@ -162,9 +164,9 @@ def _items(schema: Mapping[str, Any], about: _About) -> Filling:
         asked = {"description": schema.get("description") or items.get("description")}
         chances = yield [Question(about.question(asked, value), True) for value in items["enum"]]
         found = [value for value, chance in zip(items["enum"], chances, strict=True) if chance >= LEAST_YES]
-        return found[: schema.get("maxItems", len(found))]
+        return found[: int(schema.get("maxItems", len(found)))]
     (answer,) = yield [Question(f"{about.question(schema)} Answer with a list, separated by commas.", False)]
-    names = listed(answer)[: schema.get("maxItems", MOST_ITEMS)]
+    names = listed(answer)[: int(schema.get("maxItems", MOST_ITEMS))]
     if _type(items) == "string":
         return names
     first, *rest = items["properties"]
@@ -208,8 +210,10 @@ def _problem(schema: Any, place: str) -> str | None:
     where = place or "the schema"
     if not isinstance(schema, Mapping):
         return f"{where} is no object"
-    if "const" in schema or schema.get("enum"):
+    if "const" in schema:
         return None
+    if "enum" in schema:
+        return None if schema["enum"] else f"{where} has an empty enum"
     if not isinstance(schema.get("type"), str) or schema["type"] not in _KNOWN:
         return f"{where} has no single type of {', '.join(sorted(_KNOWN))}"
     if schema["type"] == "object":

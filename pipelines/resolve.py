@@ -225,7 +225,7 @@ def _viewer(name: str, section: Viewer | None, storage: Storage) -> ViewerRef | 
     if section is None or section.backend not in ("transformers", "openai"):
         return None
     if section.backend == "transformers":
-        path = resolve(section.model, "judge", section.revision)
+        path = resolve(section.model, "judge", section.revision, key=f"{name}.model")
         return MultimodalRef(path, token_drop=section.token_drop)
     return EndpointRef(
         base_url=section.base_url or "",

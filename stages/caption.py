@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from infra.telemetry import log
+from models import structured
 from models.captions import VERSION, sentences, tags, trouble
 from models.multimodal import evenly_spaced
 from models.scenes import frames_of_scenes
@@ -81,7 +82,8 @@ class CaptionMedia:
         """All that a caption depends on besides clip and models, as JSON."""
         said = [INSTRUCTIONS, PLAINLY, TEMPERATURE, VERSION]
         verify = [self.verify, VERIFY] if self.verify else []
-        return json.dumps([said, self.max_new_tokens, self.num_frames, self.schema, verify], sort_keys=True)
+        form = [self.schema, structured.VERSION] if "structured" in self.styles else ""
+        return json.dumps([said, self.max_new_tokens, self.num_frames, form, verify], sort_keys=True)
 
     def load(self) -> None:
         load_viewer(self.model, self.threads)

@@ -131,6 +131,22 @@ def test_json_is_asked_for_by_its_schema(server: Server, known: Known, folder: s
     assert asked.structured(known.frames[:1], "Describe it as JSON.", FORM, 20) == [None]
 
 
+@pytest.mark.parametrize(
+    ("content", "value"),
+    [
+        (r'{"subjects": ["\ud83d cat"]}', None),
+        (r'{"\ud83d": 1}', None),
+        ('{"share": NaN}', None),
+        ('{"share": [-Infinity]}', None),
+        ('{"share": 1e999}', None),
+        (r'{"subjects": ["\ud83d\ude3a cat"], "share": 1e30}', {"subjects": ["\U0001f63a cat"], "share": 1e30}),
+    ],
+)
+def test_json_that_cannot_be_stored_is_none(server: Server, known: Known, content: str, value: Any) -> None:
+    server.set({"body": json.dumps({"choices": [{"message": {"content": content}}]})})
+    assert endpoint(server).structured(known.frames[:1], "Describe it as JSON.", FORM, 20) == [value]
+
+
 def test_a_caption_that_is_no_json_is_asked_for_once_more(server: Server, known: Known) -> None:
     broken = {"body": json.dumps({"choices": [{"message": {"content": '{"background": "pink"}'}}]})}
     ref = EndpointRef(base_url=server.base_url, model="shapes", timeout=60)

@@ -74,7 +74,8 @@ def test_any_model_gives_the_types_that_the_schema_asks_for(tiny_pack):
             "count": {"type": "integer"},
             "share": {"type": "number"},
             "note": {"type": "string"},
-            "things": {"type": "array", "maxItems": 2, "items": {"type": "string"}},
+            "things": {"type": "array", "maxItems": 2.0, "items": {"type": "string"}},
+            "colours": {"type": "array", "maxItems": 1.0, "items": {"enum": ["red", "blue"]}},
         },
     }
     frames = np.random.default_rng(0).integers(0, 256, (3, 2, 32, 32, 3), dtype=np.uint8)
@@ -110,6 +111,8 @@ def test_questions_of_all_parts_are_asked_in_as_few_rounds_as_the_deepest_has():
         ({"type": "object", "properties": {"a": {"$ref": "#/b"}}}, "a has no single type"),
         ({"type": "object", "properties": {"a": {"type": ["string", "null"]}}}, "a has no single type"),
         ({"type": "object", "properties": {"a": {"type": "array"}}}, "a[] is no object"),
+        ({"type": "object", "properties": {"a": {"type": "string", "enum": []}}}, "a has an empty enum"),
+        ({"type": "array", "items": {"type": "string", "enum": []}}, "[] has an empty enum"),
         ({"type": "object", "properties": {"a": {"type": "array", "items": {"type": "number"}}}}, "neither text nor"),
         (
             {"type": "array", "items": {"type": "object", "properties": {"n": {"type": "integer"}}}},

@@ -226,7 +226,9 @@ def test_dropping_tokens_is_part_of_what_was_asked_and_of_no_endpoint(spec: Spec
         parse_spec({**spec.model_dump(mode="json"), "judge": {**NOWHERE, "token_drop": 0.01}})
 
 
-def test_captions_are_known_by_all_that_changes_them(spec: Spec, tmp_path: Any) -> None:
+def test_captions_are_known_by_all_that_changes_them(
+    spec: Spec, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = {"backend": "transformers", "model": "pack://tiny"}
     form = tmp_path / "form.json"
     form.write_text('{"type": "object", "properties": {"sky": {"type": "string"}}}')
@@ -240,7 +242,8 @@ def test_captions_are_known_by_all_that_changes_them(spec: Spec, tmp_path: Any) 
         {"max_new_tokens": 95},
         {"num_frames": 7},
         {"token_drop": 0.01},
-        {"json_schema": str(form)},
+        {"styles": ["structured"]},
+        {"styles": ["structured"], "json_schema": str(form)},
         {"verify": 0.5},
         {"verify": 0.6},
         {"verify": 0.5, "judge": NOWHERE},
@@ -249,8 +252,11 @@ def test_captions_are_known_by_all_that_changes_them(spec: Spec, tmp_path: Any) 
     found = [captions(**change) for change in changes]
     assert len(set(found)) == len(changes)
     assert captions() == captions(styles=["tags"]) == captions(judge=NOWHERE), "a style is the same beside another one"
+    assert captions() == captions(json_schema=str(form)), "nothing is held to the schema"
     assert captions(verify=0.5) == captions(judge={"backend": "oracle"}, verify=0.5), "the captioner verifies itself"
     assert all(each.startswith("captions@") for each in found)
+    monkeypatch.setattr("models.structured.VERSION", "other")
+    assert captions() == found[0] and captions(styles=["structured"]) not in found
 
 
 def test_the_judge_verifies_where_it_is_a_model(spec: Spec) -> None:
@@ -264,6 +270,21 @@ def test_the_judge_verifies_where_it_is_a_model(spec: Spec) -> None:
     assert isinstance(verifier({"model": "pack://tiny"}, verify=0.5), MultimodalRef)
     assert verifier({"backend": "oracle"}, verify=0.5) is None
     assert verifier(NOWHERE) is None
+
+
+@pytest.mark.parametrize("model", ["/nope", "pack://nope", "memory://nope"])
+@pytest.mark.parametrize("key", ["judge.model", "judge.screen.model", "caption.model"])
+def test_a_model_that_is_not_there_is_named_by_its_own_key(spec: Spec, key: str, model: str) -> None:
+    here: dict[str, Any] = {"model": "pack://tiny"}
+    sections = {"judge": {**here, "screen": here}, "caption": here}
+    sections |= {
+        "judge.model": {"judge": {**here, "model": model}},
+        "judge.screen.model": {"judge": {**here, "screen": {"model": model}}},
+        "caption.model": {"caption": {"model": model}},
+    }[key]
+    with pytest.raises(UserError, match=rf"^{key}: ") as caught:
+        resolve_spec(parse_spec({**spec.model_dump(mode="json"), **sections}))
+    assert "nope" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_broken_schema_is_the_specs_mistake(spec: Spec, tmp_path: Any) -> None:

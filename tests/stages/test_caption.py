@@ -196,6 +196,7 @@ def test_statements_can_be_taken_out():
         ('{"type": "object", "properties": {"a": {"$ref": "https://example.org/a"}}}', "leads out of it"),
         ('{"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}, "required": ["a"]}', "a has no single type"),
         ('{"type": "object"}', "has no properties"),
+        ('{"type": "object", "properties": {"a": {"type": "string", "enum": []}}}', "a has an empty enum"),
     ],
 )
 def test_a_broken_schema_is_one_line_that_names_the_key(tmp_path, text, said):
