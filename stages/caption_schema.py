@@ -26,6 +26,7 @@ def load_schema(path: str | None, fillable: bool) -> str:
         if len(text) > MOST_CHARACTERS:
             raise ValueError(f"it has more than {MOST_CHARACTERS:,} characters")
         schema = json.loads(text)
+        json.dumps(schema, ensure_ascii=False, allow_nan=False).encode()  # ValueError: NaN, half a surrogate
     except (OSError, ValueError, RecursionError, RuntimeError) as error:  # RuntimeError: ~nobody has no home
         raise UserError(f"caption.json_schema: {file}: cannot be read as JSON ({_line(error)})") from error
     if (wrong := _wrong(schema)) is not None:

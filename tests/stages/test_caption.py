@@ -191,6 +191,8 @@ def test_statements_can_be_taken_out():
     [
         (None, "cannot be read"),
         ("{", "cannot be read as JSON"),
+        ('{"type": "object", "const": NaN}', "cannot be read as JSON"),
+        ('{"type": "object", "title": "\\ud83d"}', "cannot be read as JSON"),
         ("[]", 'expected {"type": "object", ...}'),
         ('{"type": "object", "properties": {"a": {"type": "strin"}}}', r"\$.properties.a.type"),
         ('{"type": "object", "properties": {"a": {"$ref": "https://example.org/a"}}}', "leads out of it"),
