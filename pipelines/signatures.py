@@ -173,12 +173,11 @@ def place_of(row: Mapping[str, Any]) -> Place | None:
 class Signatures:
     """Signatures of media, by their sha256, from the cache or computed.
 
-    Media that are gone, changed or broken have none: `unread` counts them and `faults` has the first few reasons.
+    Media that are gone, changed or broken have none: `faults` has the first few reasons. OSError where the storage fails.
     """
 
     def __init__(self, storage: Storage, kinds: list[Kind], progress: Progress) -> None:
         self._storage, self._kinds, self._progress = storage, kinds, progress
-        self.computed = self.unread = 0
         self.faults: list[str] = []
 
     def of(self, sha256: np.ndarray, places: Callable[[], Iterator[Place]]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -214,7 +213,6 @@ class Signatures:
                         _write(self._storage, kind, new)
                         new.clear()
                 done += len(chunk)
-                self.computed += len(clips)
                 self._progress(done, total)
         for kind, new in zip(self._kinds, waiting, strict=True):
             if new:
@@ -227,17 +225,26 @@ class Signatures:
         positions = np.unique(np.concatenate(list(shown.values())))
         try:
             data = self._storage.read_bytes(place.shard, place.offset, place.offset + place.nbytes)
+        except FileNotFoundError as error:
+            self._fault(place, error)
+            return None
+        except OSError:
+            # An object store refuses a range that lies beyond the object; else the storage is to blame.
+            if self._storage.size(place.shard) > place.offset:
+                raise
+            data = b""
+        try:
             if hashlib.sha256(data).digest() != place.sha256:
                 raise ValueError("its bytes do not have the recorded sha256")
             frames = decode_at(data, place.suffix, positions)
-        except ConnectionError:
-            raise
         except Exception as error:
-            self.unread += 1
-            if len(self.faults) < SHOWN:
-                self.faults.append(f"{place.shard}: {type(error).__name__}: {error}"[:200])
+            self._fault(place, error)
             return None
         return {name: frames[np.searchsorted(positions, mine)] for name, mine in shown.items()}
+
+    def _fault(self, place: Place, error: Exception) -> None:
+        if len(self.faults) < SHOWN:
+            self.faults.append(f"{place.shard}: {type(error).__name__}: {error}"[:200])
 
 
 def _wanted(places: Iterator[Place], unique: np.ndarray, todo: np.ndarray) -> Iterator[tuple[int, Place]]:

@@ -231,6 +231,31 @@ def test_media_that_cannot_be_read_stay_and_are_counted(tmp_path, clips):
     assert "1 could not be compared" in str(made)
 
 
+@pytest.mark.parametrize("error", [PermissionError, TimeoutError, OSError])
+def test_a_fault_of_the_storage_makes_no_release(tmp_path, clips, monkeypatch, error):
+    storage = Storage(str(tmp_path))
+    store(storage, {"a": clips[0], "b": clips[1]})
+    read = Storage.read_bytes
+
+    def fail(self: Storage, name: str, *span: int) -> bytes:
+        if name.startswith("media/"):
+            raise error("slow down")
+        return read(self, name, *span)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Storage, "read_bytes", fail)
+        with pytest.raises(error, match="slow down"):
+            release(storage, "v1", rules=rules(**NEAR))
+        assert list(storage.files("releases")) == []
+        # The store refuses a range beyond the end of a shard that was cut: that is the sample's fault.
+        storage.write_bytes("media/20260101t000000-aaaaaa/0.tar", b"")
+        made = release(storage, "v1", rules=rules(**NEAR))
+    assert made.selection["not_compared"]["samples"] == 2
+    storage.delete("media/20260101t000000-aaaaaa/0.tar")
+    made = release(storage, "v2", rules=rules(**NEAR))
+    assert "FileNotFoundError" in made.selection["not_compared"]["why"][0]
+
+
 def test_caps_keep_the_best_of_each_value(tmp_path, clips):
     storage = Storage(str(tmp_path))
     store(
