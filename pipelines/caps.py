@@ -58,7 +58,7 @@ def apply_caps(
 
     A row goes in unless a value of it is full in any cap, and is removed by the first that is. A share is one of what stays:
     limits come down until each holds, from the largest that could (for one cap the result is the largest there is).
-    UserError where nothing can hold them.
+    UserError where a share of what has values comes down to none.
     """
     limits = [cap.most if cap.most is not None else _share(cap, len(rows)) for cap in caps]
     while True:
@@ -67,8 +67,8 @@ def apply_caps(
         for at, cap in enumerate(caps):
             if cap.share is not None and limits[at] > (most := _share(cap, len(stay))):
                 limits[at], holds = most, False
-        for cap, limit in zip(caps, limits, strict=True):
-            if limit == 0 and len(rows):
+        for cap, limit, each in zip(caps, limits, values, strict=True):
+            if limit == 0 and any(len(each.of(row)) for row in rows.tolist()):
                 raise UserError(
                     f"cap: {cap.title}: no selection of these {len(rows)} samples has at most {cap.share:.3g} of it with each"
                     " value; allow a larger share, or give `most`"

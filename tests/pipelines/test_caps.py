@@ -52,6 +52,17 @@ def test_a_share_that_nothing_can_hold_is_refused():
         apply_caps(np.arange(4), [Cap(by="kind", share=0.3)], [values(*"aabb")])
 
 
+def test_a_share_holds_of_samples_that_have_no_value():
+    nothing = values(*[None] * 10)
+    stay, said = apply_caps(np.arange(10), [Cap(by="kind", share=0.05)], [nothing])
+    assert (len(stay), said[0]["removed"], said[0]["values"]) == (10, 0, [])
+    # The only sample with a value is not among the rows.
+    stay, _ = apply_caps(np.arange(1), [Cap(by="kind", share=0.05)], [values(None, "a")])
+    assert stay.tolist() == [0]
+    with pytest.raises(UserError, match=r"at most 0\.05 of it"):
+        apply_caps(np.arange(10), [Cap(by="kind", share=0.05)], [values("a", *[None] * 9)])
+
+
 @given(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=200), st.sampled_from([0.25, 0.29, 0.4, 0.5]))
 def test_a_share_takes_as_many_as_can_be(kinds, share):
     counts = [kinds.count(kind) for kind in set(kinds)]
