@@ -75,7 +75,9 @@ class Cap(Section):
     """How many samples may have each value of an attribute."""
 
     by: str | None = Field(None, description="An SQL expression as in --where, a list counts by its items; or topic.")
-    words: tuple[str, ...] = Field((), description="Instead: words to look for in the caption.")
+    words: tuple[Annotated[str, Field(pattern=r"\S")], ...] = Field(
+        (), description="Instead: words to look for in the caption, whole ones; several in a row count as one."
+    )
     most: int | None = Field(None, ge=1, description="Most samples of each value.")
     share: float | None = Field(None, gt=0, lt=1, description="Instead: largest share of the release.")
 

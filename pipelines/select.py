@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,12 @@ from pipelines.signatures import (
 if TYPE_CHECKING:
     from pipelines.release import Released, Snapshot
 
-_WORD = re.compile(r"\w+")
+# Thai, Lao, Burmese, Khmer, Chinese, Japanese; Korean has blanks, but adds particles to its words
+_UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+    r"\U00020000-\U0003ffff"
+)
+_LETTER = rf"[^\W{_UNSPACED}]"
 
 COLUMNS = ["sample_id", "verdict", "scores", "media", "num_frames"]
 MEDIA = ["sample_id", "media", "num_frames"]
@@ -314,7 +319,7 @@ def _values(snapshot: Snapshot, caps: tuple[Cap, ...], found: _Candidates, topic
     """The values of each cap, of each candidate."""
     order = np.argsort(found.ids)
     expressions = ["caption" if cap.by is None else cap.by for cap in caps if cap.by != TOPIC]
-    words = [[word.casefold() for word in cap.words] for cap in caps if cap.by != TOPIC]
+    words = [_patterns(cap.words) for cap in caps if cap.by != TOPIC]
     given: list[list[Any]] = [[None] * len(found.ids) for _ in expressions]
     for batch in evaluate(snapshot.batches, expressions) if expressions else ():
         ids = np.array(batch.column(0).to_pylist(), "S32")
@@ -338,6 +343,19 @@ def _values(snapshot: Snapshot, caps: tuple[Cap, ...], found: _Candidates, topic
     return columns
 
 
-def _words(caption: str | None, words: list[str]) -> list[str]:
-    said = set(_WORD.findall((caption or "").casefold()))
-    return [word for word in words if word in said]
+def _patterns(words: Iterable[str]) -> dict[str, re.Pattern[str]]:
+    """What finds each word, or words in a row, as a whole; in languages without blanks, anywhere."""
+    found = {}
+    for word in (_plain(word) for word in words):
+        parts = re.search(f"[{_UNSPACED}]", word)
+        found[word] = re.compile(re.escape(word) if parts else rf"(?<!{_LETTER}){re.escape(word)}(?!{_LETTER})")
+    return found
+
+
+def _words(caption: str | None, words: Mapping[str, re.Pattern[str]]) -> list[str]:
+    said = _plain(caption or "")
+    return [word for word, whole in words.items() if word in said and whole.search(said)]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())

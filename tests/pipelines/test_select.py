@@ -30,6 +30,7 @@ from pipelines.annotate import withdraw
 from pipelines.ranking import quality, rank_weights
 from pipelines.release import Released, release
 from pipelines.rules import Rules, read_rules
+from pipelines.select import _patterns, _words
 from pipelines.verify import verify
 
 VERDICT = "accepted"
@@ -282,9 +283,25 @@ def test_caps_keep_the_best_of_each_value(tmp_path, clips):
     assert kept(2, {"by": "extra.category", "most": 2}) == {0, 1, 2, 3}
     assert kept(3, {"by": "structured.shape", "most": 1}) == {1, 3}
     assert kept(4, {"words": ["red", "CAT"], "most": 1}) == {1, 2, 4, 5}
+    assert kept(8, {"words": ["A red"], "most": 1}) == {1, 2, 3, 4, 5}
     assert kept(5, {"by": "floor(score.prompt_match * 2)", "most": 1}) == {1, 4}
     assert kept(6, {"by": "model", "most": 3}, {"by": "tags", "most": 1}) == {1, 3, 4}
     assert kept(7, {"by": "extra.category", "share": 0.5}) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("word", "captions"),
+    [
+        ("red cat", {"A Red\n cat sits": True, "a red, cat": False, "a red catfish": False, "a cat, red": False}),
+        ("x-ray", {"an X-ray of a hand": True, "x ray": False, "max-ray": False}),
+        ("cat", {"cat": True, "(cat)": True, "cats": False, "concat": False, "一只cat在": True}),
+        ("c++", {"in C++.": True, "in c": False}),
+        ("狐狸", {"一只红色的狐狸在雪地里": True, "狐": False}),
+        ("แมว", {"เห็นแมวดำ": True, "หมา": False}),
+    ],
+)
+def test_words_of_a_cap_are_found_whole_in_any_language(word, captions):
+    assert {caption: bool(_words(caption, _patterns([word]))) for caption in captions} == captions
 
 
 def colour(frames: np.ndarray) -> np.ndarray:
@@ -437,6 +454,7 @@ def test_options_stand_in_for_keys_of_the_file(tmp_path):
         ("near_duplicates: {cosine: 0.9}", "cosine and topic need an embedding"),
         ("caps: [{by: topic, most: 3}]", "cosine and topic need an embedding"),
         ("caps: [{by: tags}]", "expected most or share"),
+        ("caps: [{words: [' '], most: 1}]", "caps.0.words"),
         ("against: [v1]", "against needs near_duplicates"),
         ("embedding: {call: 'a:b'}", "call needs a version"),
         ("[1, 2]", "expected near_duplicates or caps, found list"),
