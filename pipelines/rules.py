@@ -109,7 +109,9 @@ class Rules(Section):
     caps: tuple[Cap, ...] = Field((), description="Applied together, best samples first.")
     embedding: EmbeddingRule | None = Field(None, description="For cosine and topic.")
     topics: int = Field(20, ge=2, le=1000, description="Clusters of embeddings that `topic` tells apart.")
-    rank: dict[str, float] = Field({}, description="Weights of scores; left out, those of the newest run's rubric.")
+    rank: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="Weights of scores; left out, those of the newest run's rubric."
+    )
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> Self:
@@ -139,7 +141,9 @@ def read_rules(
     if against is not None:
         said["against"] = "all" if against == "all" else [name for name in against.split(",") if name]
     if caps:
-        said["caps"] = [*(said.get("caps") or ()), *(_cap(text) for text in caps)]
+        added, there = [_cap(text) for text in caps], said.get("caps")
+        if there is None or isinstance(there, list):
+            said["caps"] = [*(there or ()), *added]
     try:
         return Rules.model_validate(said)
     except ValidationError as error:

@@ -473,6 +473,8 @@ def test_a_cap_that_is_none_is_refused(cap):
     with pytest.raises(UserError, match="--cap: expected BY=NUMBER"):
         read_rules(caps=[cap])
 
+        ("rank: {prompt_match: -1}", "rank.prompt_match: expected at least 0"),
+        ("keep: {overall: 2}", "keep.overall: expected less than 1"),
 
 @pytest.mark.parametrize(
     ("by", "said"),
@@ -484,6 +486,14 @@ def test_a_cap_that_is_none_is_refused(cap):
 )
 def test_caps_by_what_there_is_not_are_refused_in_one_line(tmp_path, clips, by, said):
     storage = Storage(str(tmp_path))
+@pytest.mark.parametrize("said", ["5", "tags", "{by: tags}"])
+def test_caps_that_are_no_list_are_refused_with_an_option_too(tmp_path, said):
+    path = tmp_path / "rules.yaml"
+    path.write_text(f"caps: {said}")
+    with pytest.raises(UserError, match="caps: expected a list"):
+        read_rules(str(path), caps=["tags=5"])
+
+
     store(storage, {"a": clips[0]})
     with pytest.raises(UserError, match=said) as error:
         release(storage, "v1", rules=rules(caps=[{"by": by, "most": 1}]))
