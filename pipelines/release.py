@@ -108,7 +108,7 @@ def release(
             samples are never in it.
         pack_bytes: copy the media into tars of about this many bytes; left out, rows refer to the shards of their runs.
         rules: shares, near-duplicates and caps that it is held to as a whole; shares that the newest run left to releases are
-            among them unless they name others.
+            among them unless they name others, or none (`keep` is {}).
         progress: told how many media were looked at for that, and of how many.
 
     UserError where the name is taken, the condition is wrong, or no sample meets it.
@@ -196,8 +196,12 @@ def _release(
     chosen = choose(snapshot.batches, where)
     if len(chosen) == 0:
         raise UserError(f"where: no sample meets {where!r}; nothing was released")
-    rules = rules or Rules()
-    if not rules.keep and (keep := left_to_releases(storage)):
+    if not any(batch.num_rows for batch, _ in snapshot.chosen(chosen, ["sample_id", "verdict", "media"])):
+        raise UserError(
+            f"where: of the {len(chosen)} samples that meet {where!r} no media were kept; nothing was released"
+        )
+    rules = rules if rules is not None else Rules()
+    if rules.keep is None and (keep := left_to_releases(storage)):
         rules = rules.model_copy(update={"keep": keep})
     selected = select(storage, snapshot, chosen, rules, progress) if rules else None
     writer = _Writer(storage, name, nonce, pack_bytes)
@@ -209,10 +213,6 @@ def _release(
             writer.add(batch)
             without_media += lost
         writer.close()
-        if not writer.files:
-            raise UserError(
-                f"where: of the {without_media} samples that meet {where!r} no media were kept; nothing was released"
-            )
         if selected is not None:
             writer.files.append(write_report(storage, snapshot, selected, name, f"{FOLDER}/{name}/report-{nonce}.html"))
         made = Released(

@@ -101,10 +101,10 @@ class Rules(Section):
     against: tuple[str, ...] | Literal["all"] = Field(
         (), description="Earlier releases: what is in them, or near to it, is left out."
     )
-    keep: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
-        {},
+    keep: dict[str, Annotated[float, Field(gt=0, lt=1)]] | None = Field(
+        None,
         description="Score, or `overall`, the mean of all by `rank`, and the share of samples to keep, the best ones by it."
-        " Left out, what `judge.thresholds` of the newest run leaves to releases.",
+        " Left out, what `judge.thresholds` of the newest run leaves to releases; {}: none.",
     )
     caps: tuple[Cap, ...] = Field((), description="Applied together, best samples first.")
     embedding: EmbeddingRule | None = Field(None, description="For cosine and topic.")

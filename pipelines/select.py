@@ -86,7 +86,7 @@ class _Signed:
 def select(storage: Storage, snapshot: Snapshot, chosen: IdSet, rules: Rules, progress: Progress) -> Selected:
     """Hold the `chosen` samples of a dataset to `rules`."""
     weights = rules.rank or rank_weights(storage)
-    chosen, keeps = keep_best(snapshot, chosen, rules.keep, weights)
+    chosen, keeps = keep_best(snapshot, chosen, rules.keep or {}, weights)
     found = _candidates(snapshot, chosen, weights)
     earlier = _releases(storage, rules)
     kinds: list[Kind] = [HashKind()] if rules.near_duplicates and rules.near_duplicates.hash is not None else []

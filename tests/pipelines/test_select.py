@@ -18,7 +18,7 @@ import pytest
 from infra.commit import Committer, write_part
 from infra.errors import UserError
 from infra.media import decode, encode
-from infra.schema import RUNS, SAMPLES
+from infra.schema import ANNOTATIONS, RUNS, SAMPLES
 from infra.shard import build_tar
 from infra.storage import Storage
 from infra.tables import Table
@@ -153,6 +153,22 @@ def test_a_share_that_the_spec_leaves_to_releases(tmp_path, clips):
     Committer(Table(storage, "runs"), "r").commit([part])
     assert names(storage, release(storage, "v1")) == {"clip 1", "clip 3"}
     assert names(storage, release(storage, "v2", rules=rules(keep={"prompt_match": 0.25}))) == {"clip 1"}
+    assert release(storage, "v3", rules=rules(keep={})).rows == 4
+    made = release(storage, "v4", rules=rules(keep={}, **NEAR))
+    assert (made.rows, made.selection["keep"]) == (4, [])
+
+
+@pytest.mark.parametrize("said", [None, NEAR, {"keep": {"prompt_match": 0.5}}])
+def test_samples_without_media_are_said_to_have_none(tmp_path, clips, said):
+    storage = Storage(str(tmp_path))
+    previews = [[{"role": "preview", "shard": "rejected/0.tar", "mime": "image/webp"}]] * 2
+    store(storage, {"a": clips[0], "b": clips[1]}, verdict=["rejected"] * 2, media=previews)
+    later = [{"sample_id": sample_id(name), "kind": "verdict", "value": "accepted"} for name in "ab"]
+    part = write_part(storage, "annotations/later.parquet", pa.Table.from_pylist(later, ANNOTATIONS))
+    Committer(Table(storage, "annotations"), "later").commit([part])
+    with pytest.raises(UserError, match=r"where: of the 2 samples that meet .* no media were kept"):
+        release(storage, "v1", rules=said and rules(**said))
+    assert list(storage.files("releases")) == []
 
 
 def test_what_a_screen_accepted_is_ranked_by_its_answers():
@@ -457,6 +473,8 @@ def test_options_stand_in_for_keys_of_the_file(tmp_path):
         ("caps: [{words: [' '], most: 1}]", "caps.0.words"),
         ("against: [v1]", "against needs near_duplicates"),
         ("embedding: {call: 'a:b'}", "call needs a version"),
+        ("rank: {prompt_match: -1}", "rank.prompt_match: expected at least 0"),
+        ("keep: {overall: 2}", "keep.overall: expected less than 1"),
         ("[1, 2]", "expected near_duplicates or caps, found list"),
         ("caps: [", "is not YAML"),
     ],
@@ -468,13 +486,19 @@ def test_rules_that_are_wrong_are_refused(tmp_path, said, refusal):
         read_rules(str(path))
 
 
+@pytest.mark.parametrize("said", ["5", "tags", "{by: tags}"])
+def test_caps_that_are_no_list_are_refused_with_an_option_too(tmp_path, said):
+    path = tmp_path / "rules.yaml"
+    path.write_text(f"caps: {said}")
+    with pytest.raises(UserError, match="caps: expected a list"):
+        read_rules(str(path), caps=["tags=5"])
+
+
 @pytest.mark.parametrize("cap", ["tags", "=5", "tags=", "tags=-1", "tags=x"])
 def test_a_cap_that_is_none_is_refused(cap):
     with pytest.raises(UserError, match="--cap: expected BY=NUMBER"):
         read_rules(caps=[cap])
 
-        ("rank: {prompt_match: -1}", "rank.prompt_match: expected at least 0"),
-        ("keep: {overall: 2}", "keep.overall: expected less than 1"),
 
 @pytest.mark.parametrize(
     ("by", "said"),
@@ -486,14 +510,6 @@ def test_a_cap_that_is_none_is_refused(cap):
 )
 def test_caps_by_what_there_is_not_are_refused_in_one_line(tmp_path, clips, by, said):
     storage = Storage(str(tmp_path))
-@pytest.mark.parametrize("said", ["5", "tags", "{by: tags}"])
-def test_caps_that_are_no_list_are_refused_with_an_option_too(tmp_path, said):
-    path = tmp_path / "rules.yaml"
-    path.write_text(f"caps: {said}")
-    with pytest.raises(UserError, match="caps: expected a list"):
-        read_rules(str(path), caps=["tags=5"])
-
-
     store(storage, {"a": clips[0]})
     with pytest.raises(UserError, match=said) as error:
         release(storage, "v1", rules=rules(caps=[{"by": by, "most": 1}]))
