@@ -62,11 +62,11 @@ def left_to_releases(storage: Storage) -> dict[str, float]:
 
 def keep_best(
     snapshot: Snapshot, chosen: IdSet, keep: Mapping[str, float], weights: Mapping[str, float]
-) -> tuple[IdSet, list[dict[str, Any]]]:
-    """Those of the chosen that are in each share to keep, and what the shares came to. A sample that lacks a score was not
-    asked for it, and stays."""
+) -> tuple[IdSet, list[dict[str, Any]], int]:
+    """Those of the chosen that are in each share to keep, what the shares came to, and how many others there are. A sample that
+    lacks a score was not asked for it, and stays."""
     if not keep:
-        return chosen, []
+        return chosen, [], 0
     ids: list[str] = []
     columns: dict[str, list[float]] = {name: [] for name in keep}
     for batch, _ in snapshot.chosen(chosen, ["sample_id", "verdict", "scores", "media"]):
@@ -87,7 +87,7 @@ def keep_best(
         gone = known & (column < point.threshold)
         said.append({"score": name, "share": share, "threshold": point.threshold, "removed": int(gone.sum())})
         stay &= ~gone
-    return IdSet([pa.array(np.array(ids)[stay])]), said
+    return IdSet([pa.array(np.array(ids)[stay])]), said, int((~stay).sum())
 
 
 def _scores(scores: list[dict[str, Any]] | None) -> dict[str, float]:

@@ -86,7 +86,7 @@ class _Signed:
 def select(storage: Storage, snapshot: Snapshot, chosen: IdSet, rules: Rules, progress: Progress) -> Selected:
     """Hold the `chosen` samples of a dataset to `rules`."""
     weights = rules.rank or rank_weights(storage)
-    chosen, keeps = keep_best(snapshot, chosen, rules.keep or {}, weights)
+    chosen, keeps, below = keep_best(snapshot, chosen, rules.keep or {}, weights)
     found = _candidates(snapshot, chosen, weights)
     earlier = _releases(storage, rules)
     kinds: list[Kind] = [HashKind()] if rules.near_duplicates and rules.near_duplicates.hash is not None else []
@@ -108,7 +108,7 @@ def select(storage: Storage, snapshot: Snapshot, chosen: IdSet, rules: Rules, pr
         "keep": keeps,
         "signatures": [kind.name for kind in kinds],
         "embedding": next((kind.version for kind in kinds if isinstance(kind, EmbeddingKind)), None),
-        "candidates": len(found.ids),
+        "candidates": below + len(found.ids),
         "not_compared": {"samples": 0, "why": signatures.faults},
     }
     selected = Selected(IdSet([]), said)

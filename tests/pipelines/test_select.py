@@ -138,6 +138,10 @@ def test_a_share_keeps_the_best_by_one_score_or_by_all(tmp_path, clips):
     assert names(storage, made) == {"clip 1", "clip 3", "not asked"}
     assert made.selection["keep"] == [{"score": "prompt_match", "share": 0.4, "threshold": 0.7, "removed": 3}]
     assert "3 removed below prompt_match 0.7, to keep 0.4" in str(made)
+    (page,) = (item["path"] for item in made.files if item["path"].endswith(".html"))
+    text = storage.read_bytes(page).decode()
+    assert "Of 6 samples that met its condition, 3 are in it." in text
+    assert "The best 40% by <code>prompt_match</code>" in text and "3 removed below 0.7." in text
     assert names(storage, release(storage, "v2", rules=rules(keep={"overall": 0.2}))) == {"clip 1", "not asked"}
     with pytest.raises(UserError, match=r"keep.beauty: no sample of this release has this score"):
         release(storage, "v3", rules=rules(keep={"beauty": 0.5}))
