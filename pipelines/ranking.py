@@ -63,8 +63,10 @@ def left_to_releases(storage: Storage) -> dict[str, float]:
 def keep_best(
     snapshot: Snapshot, chosen: IdSet, keep: Mapping[str, float], weights: Mapping[str, float]
 ) -> tuple[IdSet, list[dict[str, Any]], int]:
-    """Those of the chosen that are in each share to keep, what the shares came to, and how many others there are. A sample that
-    lacks a score was not asked for it, and stays."""
+    """Those of the chosen that are in each share to keep, what the shares came to, and how many others there are.
+
+    A sample that lacks a score was not asked for it, and stays.
+    """
     if not keep:
         return chosen, [], 0
     ids: list[str] = []
