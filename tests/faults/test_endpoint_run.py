@@ -28,6 +28,11 @@ FAULTS: list[dict[str, Any]] = [
 ]
 
 
+def firsts(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that ask for no second answer: four tokens make a caption near-empty, which is written once more."""
+    return [request for request in requests if not request["temperature"]]
+
+
 def test_a_run_that_spent_its_requests_goes_on_without_paying_twice(tmp_path: Path) -> None:
     with openai_server(resolve("pack://shapes", "judge")) as server:
 
@@ -58,14 +63,15 @@ def test_a_run_that_spent_its_requests_goes_on_without_paying_twice(tmp_path: Pa
             ["annotate", str(tmp_path / "data.yaml"), "--caption"], tmp_path / "log", {"OPENAI_API_KEY": KEY}
         )
         assert again.wait() == 0, again.said()
-        assert len(server.requests) == 2 * SAMPLES, "what is decoded from stored media has other pixels"
+        assert len(firsts(server.requests)) == 2 * SAMPLES, "what is decoded from stored media has other pixels"
     storage = Storage(str(tmp_path / "data"))
     assert list(map(str, verify(storage))) == []
     rows = Table(storage, "samples").read(["judge", "verdict", "scores", "caption"]).to_pylist()
     assert len(rows) == SAMPLES and all({*ASKED} <= {each["name"] for each in row["scores"]} for row in rows)
     assert {row["judge"] for row in rows} == {f"shapes@{server.root.removeprefix('http://')}"}
     assert all(row["verdict"] == "accepted" and row["caption"] for row in rows)
-    assert 9 <= len(before) < len(before) + len(after) - len(FAULTS) == (len(ASKED) + 2) * SAMPLES
+    asked = len(firsts(before))
+    assert 9 <= asked < asked + len(firsts(after)) - len(FAULTS) == (len(ASKED) + 2) * SAMPLES
     assert {request["authorization"] for request in [*before, *after]} == {f"Bearer {KEY}"}
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert written and not [path for path in written if KEY.encode() in path.read_bytes()]

@@ -75,7 +75,7 @@ class Handler(BaseHTTPRequestHandler):
             state.most = max(state.most, state.under_way)
             seen = {"path": self.path, "at": time.monotonic(), "authorization": self.headers.get("Authorization")}
             text = body["messages"][0]["content"][-1]["text"]
-            state.seen.append({**seen, "text": text})
+            state.seen.append({**seen, "text": text, "temperature": body.get("temperature", 0)})
             reply = state.queue.pop(0) if state.queue else state.always
             if state.refuse in text:
                 reply = {"status": 400, "body": '{"error": {"message": "content policy"}}'}
