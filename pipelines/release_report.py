@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from infra.storage import Storage
 from pipelines.idset import IdSet
 from pipelines.repack import File, Hashed
-from pipelines.report import plain
+from pipelines.report import plain, templates
 from pipelines.report_media import still
 
 if TYPE_CHECKING:
@@ -39,26 +39,22 @@ def write_report(storage: Storage, snapshot: Snapshot, selected: Selected, name:
 
 
 def _render(said: dict[str, Any], pictures: dict[str, dict[str, str]], name: str) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=PackageLoader("pipelines", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     style = resources.files("pipelines").joinpath("report.css").read_text(encoding="utf-8")
-    return environment.get_template("release_report.html").render(
-        name=name,
-        said=said,
-        rules=plain(said["rules"]),
-        near=said.get("near_duplicates"),
-        caps=said.get("caps") or (),
-        topics={str(topic["topic"]): topic["like"] for topic in said.get("topics") or ()},
-        picture=lambda sample_id: pictures.get(sample_id, {"uri": "", "prompt": ""}),
-        style=Markup(style),
+    return (
+        templates()
+        .get_template("release_report.html")
+        .render(
+            name=name,
+            said=said,
+            rules=plain(said["rules"]),
+            near=said.get("near_duplicates"),
+            caps=said.get("caps") or (),
+            topics={str(topic["topic"]): topic["like"] for topic in said.get("topics") or ()},
+            picture=lambda sample_id: pictures.get(sample_id, {"uri": "", "prompt": ""}),
+            style=Markup(style),
+        )
     )
 
 

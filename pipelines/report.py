@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infra.secrets import redact
 from infra.storage import Storage
@@ -24,6 +24,9 @@ from pipelines.decisions import read_decisions
 from pipelines.gallery import Tile, clamp, gallery
 from pipelines.report_data import AFTER_MEDIA, MEDIA_SCORES, Facts, Snapshot, read_facts
 from pipelines.run_log import Run, Threshold, thresholds
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 MAX_SAMPLES = 500
 MAX_BYTES = 30_000_000
@@ -106,16 +109,9 @@ def build_report(
 
 def render(facts: Facts, tiles: Sequence[Tile], title: str, key: str, refresh: int | None = None) -> str:
     """The page. `key` names the dataset for the labels that the browser remembers."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=PackageLoader("pipelines", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     environment.filters |= {"number": charts.number, "duration": charts.duration, "clamp": clamp}
     script = _asset("report.js")
     last = facts.runs[-1] if facts.runs else None
@@ -149,6 +145,19 @@ def render(facts: Facts, tiles: Sequence[Tile], title: str, key: str, refresh: i
         style=Markup(_asset("report.css")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def templates() -> Environment:
+    """What fills in this folder's pages: everything is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("pipelines", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 
