@@ -68,16 +68,18 @@ class Committer:
     """Appends to one table for one run.
 
     Open it before reading what the table holds and before writing a part: rows that others commit after its opening are
-    found by it, and so is a fence. Earlier rows are the reader's to leave out.
+    found by it, and so is a fence. Earlier rows are the reader's to leave out, unless `knows_all`: then their keys, some 150
+    bytes each, are read and held here.
     """
 
-    def __init__(self, table: Table, run_id: str) -> None:
+    def __init__(self, table: Table, run_id: str, knows_all: bool = False) -> None:
         self.table = table
         self.run_id = run_id
         self._credentials = table.storage.credentials
         self._handle: DeltaTable = table.ensure()
         self._seen: int = self._handle.version()
-        self._taken: set[Key] = set()
+        # After the handle: what others commit in between is then known twice, not never.
+        self._taken: set[Key] = _keys(table, table.files()) if knows_all else set()
         self._ours: dict[str, int | None] = {}  # path of a part as it was given -> its rows, None for all of them
         self._rewritten: dict[str, tuple[str, int]] = {}  # path of a rewritten part -> the given path, and rows left
 

@@ -28,6 +28,8 @@ from infra.telemetry import log
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 60.0
 LOOK_SECONDS = 2.0
+SHARDS = ("media", "rejected", "text")
+"""Folders of tars: <folder>/<run_id>/*.tar."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,7 @@ def uncommitted_files(storage: Storage, run_id: str | None = None) -> list[str]:
     """Parts, shards and half-written files (of one run, or of all) that no transaction refers to."""
     # Listing first, log second: what is committed in between is then in the log.
     parts = {table: list(storage.files(table, recursive=False)) for table in TABLES}
-    shards = [
-        name for folder in ("media", "rejected") for name in storage.files(f"{folder}/{run_id}" if run_id else folder)
-    ]
+    shards = [name for folder in SHARDS for name in storage.files(f"{folder}/{run_id}" if run_id else folder)]
     found: list[str] = []
     for table, names in parts.items():
         if run_id:
@@ -174,10 +174,11 @@ def uncommitted_files(storage: Storage, run_id: str | None = None) -> list[str]:
 def _shards_in_use(storage: Storage, run_id: str | None) -> set[str]:
     used: set[str] = set()
     where = None if run_id is None else pc.field("run_id") == run_id
-    for batch in Table(storage, "samples").batches(["media", "tensors"], where):
-        for column in ("media", "tensors"):
-            shards = batch.column(column).flatten().field("shard")
-            used.update(shards.unique().to_pylist())
+    for table, columns in (("samples", ["media", "tensors"]), ("embeddings", ["tensors"])):
+        for batch in Table(storage, table).batches(columns, where):
+            for column in columns:
+                shards = batch.column(column).flatten().field("shard")
+                used.update(shards.unique().to_pylist())
     return used
 
 

@@ -146,6 +146,22 @@ PROMPTS = pa.schema(
     ]
 )
 
+EMBEDDINGS = pa.schema(
+    [
+        ("text_id", pa.string()),
+        ("text", pa.string()),
+        ("negative", pa.bool_()),  # whether it was encoded as a negative prompt
+        ("encoder_sha256", pa.string()),
+        ("family", pa.string()),
+        ("max_sequence_length", pa.int32()),
+        ("tokens", pa.int32()),  # of the first of its arrays, prompt_embeds
+        ("tensors", pa.list_(TENSOR)),  # one file, with all arrays of the text
+        ("run_id", pa.string()),
+        ("created_at", UTC),
+        ("extra_json", pa.string()),
+    ]
+)
+
 ANNOTATIONS = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -185,6 +201,7 @@ RUNS = pa.schema(
 
 TABLES: dict[str, pa.Schema] = {
     "prompts": PROMPTS,
+    "embeddings": EMBEDDINGS,
     "samples": SAMPLES,
     "failures": FAILURES,
     "annotations": ANNOTATIONS,
@@ -193,6 +210,7 @@ TABLES: dict[str, pa.Schema] = {
 
 KEYS: dict[str, tuple[str, ...]] = {
     "prompts": ("prompt_id",),
+    "embeddings": ("text_id",),
     "samples": ("sample_id",),
     "failures": ("sample_id", "attempt"),
     "annotations": ("sample_id", "kind", "name", "annotator", "rubric", "value", "run_id"),

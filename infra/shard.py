@@ -10,12 +10,14 @@ import io
 import json
 import re
 import tarfile
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 BLOCK = tarfile.BLOCKSIZE
-MEMBER = re.compile(r"[a-z0-9_-]+\.[a-z0-9]+")
+MEMBER = re.compile(r"[a-z0-9_-]+(\.[a-z0-9]+){1,2}")
+"""A key, and a suffix that may say in two words what it is: <sample_id>.mp4, <sample_id>.trajectory.safetensors."""
 LONGEST_NAME = 100  # of the USTAR name field
 
 EMPTY = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))  # mtime, uid and gid are 0, the mode is 0644
@@ -61,7 +63,7 @@ class TarWriter:
         """Write one member; where its data lies. Raises ValueError for any other name and for one that comes twice."""
         if not MEMBER.fullmatch(name) or len(name) > LONGEST_NAME:
             raise ValueError(
-                f"tar member {name!r}: expected <sample_id>.<suffix> of a-z 0-9 _ -, at most {LONGEST_NAME} characters"
+                f"tar member {name!r}: expected <key>.<suffix> of a-z 0-9 _ -, at most {LONGEST_NAME} characters"
             )
         if name in self._names:
             raise ValueError(f"tar member {name!r} comes twice")
@@ -103,11 +105,61 @@ def _header(name: str, nbytes: int) -> bytes:
 
 
 def safetensors_bytes(name: str, array: np.ndarray, dtype: str, metadata: dict[str, str]) -> bytes:
-    """One float array as a safetensors file, cast to `dtype`: float32, float16 or bfloat16, rounded to nearest even.
+    """One float array as a safetensors file (see `safetensors_of`)."""
+    return safetensors_of({name: array}, dtype, metadata)
+
+
+def safetensors_of(arrays: Mapping[str, np.ndarray], dtype: str, metadata: dict[str, str]) -> bytes:
+    """A safetensors file: float arrays cast to `dtype`, which is float32, float16 or bfloat16, rounded to nearest even;
+    whole numbers and booleans as int64.
 
     The safetensors package writes metadata in an order that changes from run to run; here keys are sorted.
     Raises ValueError where a value is not finite or does not fit.
     """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    parts: list[bytes] = []
+    at = 0
+    for name in sorted(arrays):
+        kind, data = _encoded(name, arrays[name], dtype)
+        header[name] = {"dtype": kind, "shape": list(arrays[name].shape), "data_offsets": [at, at + len(data)]}
+        parts.append(data)
+        at += len(data)
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+
+
+def read_safetensors(data: bytes, name: str) -> np.ndarray:
+    """The array `name` of a safetensors file, as float32. Raises ValueError where `data` is no such file or lacks it."""
+    try:
+        return read_arrays(data)[name]
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"expected a safetensors file with a float tensor {name}: {type(error).__name__} {error}"
+        ) from error
+
+
+def read_arrays(data: bytes) -> dict[str, np.ndarray]:
+    """All arrays of a safetensors file as `safetensors_of` writes them: float32, or int64. ValueError where it is none."""
+    length = int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8 : 8 + length])
+        body = memoryview(data)[8 + length :]
+        return {name: _decoded(body, entry) for name, entry in header.items() if name != "__metadata__"}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"expected a safetensors file of float arrays: {type(error).__name__} {error}") from error
+
+
+def read_metadata(data: bytes) -> dict[str, str]:
+    """What the header of a safetensors file says beside its arrays."""
+    length = int.from_bytes(data[:8], "little")
+    return dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
+
+
+def _encoded(name: str, array: np.ndarray, dtype: str) -> tuple[str, bytes]:
+    """What safetensors calls the type of an array, and its bytes."""
+    if array.dtype.kind in "bui":
+        return "I64", np.ascontiguousarray(array, dtype="<i8").tobytes()
     values = np.ascontiguousarray(array, dtype="<f4")
     with np.errstate(over="ignore"):
         data, back = _cast(values, dtype)
@@ -115,28 +167,19 @@ def safetensors_bytes(name: str, array: np.ndarray, dtype: str, metadata: dict[s
         raise ValueError(
             f"{name}: expected finite values that fit {dtype}, found a largest magnitude of {np.abs(values).max()}"
         )
-    entry: dict[str, Any] = {"dtype": SAFETENSORS[dtype], "shape": list(array.shape), "data_offsets": [0, len(data)]}
-    header = json.dumps({"__metadata__": metadata, name: entry}, sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data
+    return SAFETENSORS[dtype], data
 
 
-def read_safetensors(data: bytes, name: str) -> np.ndarray:
-    """The array `name` of a safetensors file, as float32. Raises ValueError where `data` is no such file or lacks it."""
-    length = int.from_bytes(data[:8], "little")
-    try:
-        entry = json.loads(data[8 : 8 + length])[name]
-        start, end = entry["data_offsets"]
-        raw, shape, kind = data[8 + length + start : 8 + length + end], entry["shape"], entry["dtype"]
-        if kind == "BF16":
-            values = (np.frombuffer(raw, "<u2").astype("<u4") << np.uint32(16)).view("<f4")
-        else:
-            values = np.frombuffer(raw, {"F32": "<f4", "F16": "<f2"}[kind]).astype(np.float32)
-        return values.reshape(shape)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"expected a safetensors file with a float tensor {name}: {type(error).__name__} {error}"
-        ) from error
+def _decoded(body: memoryview, entry: dict[str, Any]) -> np.ndarray:
+    start, end = entry["data_offsets"]
+    raw, kind = body[start:end], entry["dtype"]
+    if kind == "BF16":
+        values = (np.frombuffer(raw, "<u2").astype("<u4") << np.uint32(16)).view("<f4")
+    elif kind == "I64":
+        values = np.frombuffer(raw, "<i8").astype(np.int64)
+    else:
+        values = np.frombuffer(raw, {"F32": "<f4", "F16": "<f2"}[kind]).astype(np.float32)
+    return values.reshape(entry["shape"])
 
 
 def _cast(values: np.ndarray, dtype: str) -> tuple[bytes, np.ndarray]:

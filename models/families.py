@@ -43,6 +43,8 @@ class Family:
     """The denoiser knows one text length only; the plan's is not asked."""
     pads_text: bool = True
     """False: its encoder pads to the longest prompt in the batch, so each is encoded alone and padded here."""
+    zero_pads: bool = False
+    """What its encoder makes of padding is replaced by zeros, with no mask, so that it can be cut off and put back."""
     batches: bool = True
     """False: its pipeline takes one set of inputs a call, so samples are denoised one by one."""
     inputs: tuple[str, ...] = ()
@@ -165,6 +167,7 @@ FAMILIES: tuple[Family, ...] = (
         512,
         "tokenizer",
         patch=2,
+        zero_pads=True,
         float32_vae=True,
         layouts=("cfg", "ulysses", "ring", "tensor", "dualparal", "vae"),
     ),
@@ -176,6 +179,7 @@ FAMILIES: tuple[Family, ...] = (
         512,
         "tokenizer",
         patch=2,
+        zero_pads=True,
         float32_vae=True,
         batches=False,
         inputs=("first_frame",),

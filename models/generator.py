@@ -16,12 +16,14 @@ import numpy as np
 from infra.errors import UserError
 from models.conditions import encode_texts, text_length
 from models.decoding import SCALING, decode, scaling_of
+from models.evaluations import Evaluations
 from models.families import GUIDANCE, Family, family_of
 from models.loading import GeneratorRef, Part, denoiser_of, load_pipeline, loaded_by_ranks, read_index
+from models.path import Path, check_scheduler
 from models.placement import device_of, dtype_of
 from models.plan import SamplerPlan
 from models.scenes import encode_scenes, texts_of
-from models.schedulers import build_scheduler
+from models.schedulers import build_scheduler, is_flow
 
 if TYPE_CHECKING:
     import torch
@@ -62,9 +64,11 @@ class Generator:
         """Load what `part` computes with; calling it again costs nothing."""
         self._pipe(part)
 
-    def check_plan(self, plan: SamplerPlan) -> None:
-        """Raise a UserError that names the key where this checkpoint cannot follow the plan."""
-        self._scheduler(plan)
+    def check_plan(self, plan: SamplerPlan, with_path: bool = False) -> None:
+        """Raise a UserError that names the key where this checkpoint cannot follow the plan, or give states of its path."""
+        scheduler = self._scheduler(plan)
+        if with_path:
+            check_scheduler(scheduler)
 
     def check(self, plan: SamplerPlan, height: int, width: int, num_frames: int) -> None:
         """`check_plan`, and the same for a media shape."""
@@ -86,6 +90,10 @@ class Generator:
 
         assert plan.blocks is not None
         return Blocks.covering((num_frames - 1) // self._known.temporal_factor(self._pipe("encode")) + 1, *plan.blocks)
+
+    def text_length(self, plan: SamplerPlan) -> int | None:
+        """Tokens that `encode` pads or cuts every text to; None where the encoder has one fixed length."""
+        return text_length(self._known, self._pipe("encode"), plan)
 
     def encode(
         self, prompts: list[str], negative_prompts: list[str], images: list[np.ndarray], plan: SamplerPlan
@@ -111,10 +119,11 @@ class Generator:
         width: int,
         num_frames: int,
         fps: float,
+        path: Path | None = None,
     ) -> tuple[np.ndarray, int]:
         """Latents [n, *latent_shape] float32 from noise of that shape, and denoiser evaluations for each sample.
 
-        Latents are the denoiser's own, scaled as `describe` says.
+        Latents are the denoiser's own, scaled as `describe` says. `path` collects states on the way, and changes no bit.
         """
         shape = (height, width, num_frames)
         self.check(plan, *shape)
@@ -126,6 +135,7 @@ class Generator:
                 plan,
                 shape,
                 fps,
+                path,
             )
             for start in range(0, len(noise), step)
         ]
@@ -156,7 +166,7 @@ class Generator:
 
         pipe = self._pipe("sample")
         frames = []
-        with _Evaluations(pipe) as evaluations:
+        with Evaluations(pipe) as evaluations:
             for sample in zip(prompts, negative_prompts, noise_keys, strict=True):
                 pipe.scheduler = self._scheduler(plan)
                 frames.append(run_whole(pipe, *sample, plan, height, width, num_frames, fps, self._whole_shapes))
@@ -181,6 +191,7 @@ class Generator:
             "scheduler": type(scheduler).__name__,
             "scheduler_config": config,
             "shift": config.get("flow_shift", config.get("shift")),
+            "flow": is_flow(scheduler),
             "guidance_scale": plan.guidance_scale,
             **self._schedules.get((plan.plan_id, (height, width, num_frames)), {}),
         }
@@ -243,7 +254,13 @@ class Generator:
         return build_scheduler(base, plan, sets_sigmas=self.family is not None and self.family.sets_sigmas)
 
     def _sample(
-        self, conditions: dict[str, np.ndarray], noise: np.ndarray, plan: SamplerPlan, shape: Shape, fps: float
+        self,
+        conditions: dict[str, np.ndarray],
+        noise: np.ndarray,
+        plan: SamplerPlan,
+        shape: Shape,
+        fps: float,
+        path: Path | None,
     ) -> tuple[np.ndarray, int]:
         import torch
 
@@ -268,9 +285,13 @@ class Generator:
         arguments |= {name: _argument(value, dtype, device) for name, value in conditions.items()}
         pipe.scheduler = self._scheduler(plan)
         latents = torch.from_numpy(np.ascontiguousarray(noise)).to(device, family.noise_dtype(dtype))
+        latents = family.pack(pipe, latents)
+        if path is not None:
+            unpack = partial(family.unpack, pipe, shape=noise.shape[1:])
+            arguments["callback_on_step_end"] = path.callback(latents, unpack)
         sampling = nullcontext() if self._layout is None else self._layout.sampling(pipe, arguments)
-        with torch.inference_mode(), sampling, _Evaluations(pipe) as evaluations:
-            output = pipe(latents=family.pack(pipe, latents), **arguments)
+        with torch.inference_mode(), sampling, Evaluations(pipe) as evaluations:
+            output = pipe(latents=latents, **arguments)
             latents = family.unpack(pipe, output[0], noise.shape[1:])
         self._remember(plan, shape)
         return latents.float().cpu().numpy(), evaluations.rows // len(noise)
@@ -340,29 +361,6 @@ def block_error(temporal: int, num_frames: int, frames: int, context: int) -> st
         return None
     fits = (count * frames + context - 1) * temporal + 1
     return f"num_frames: {num_frames} frames are no whole number of sampler.dualparal's blocks; {fits} are"
-
-
-class _Evaluations:
-    """Counts the rows that go through the denoiser: the true cost, whatever the scheduler's order and the guidance."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.rows = 0
-        found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet"))
-        self._modules = [module for module in found if module is not None]
-
-    def __enter__(self) -> _Evaluations:
-        self._handles = [
-            module.register_forward_pre_hook(self._count, with_kwargs=True, prepend=True) for module in self._modules
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _count(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-        self.rows += len(first)
 
 
 def _argument(value: np.ndarray, dtype: torch.dtype, device: torch.device) -> Any:

@@ -22,3 +22,8 @@ def standard_normal(noise_key: str, shape: tuple[int, ...]) -> np.ndarray:
     """Float32 noise of `shape` for one sample; a shape's numbers are a prefix of a larger shape's."""
     stream = np.random.Generator(np.random.Philox(key=int(noise_key, 16)))
     return stream.standard_normal(shape, dtype=np.float32)
+
+
+def noise_sha256(noise: np.ndarray) -> str:
+    """What a row says of its noise, so that who draws it again can tell: sha256 of its float32 bytes in C order."""
+    return hashlib.sha256(noise.astype("<f4", copy=False).tobytes()).hexdigest()

@@ -21,8 +21,11 @@ from stages.batch import Batch
 class Commits:
     """What was written and waits for a transaction."""
 
-    def __init__(self, storage: Storage, run_id: str, every: float) -> None:
+    def __init__(self, storage: Storage, run_id: str, every: float, with_texts: bool = False) -> None:
         self._committers = {name: Committer(Table(storage, name), run_id) for name in ("samples", "failures")}
+        if with_texts:  # before the samples that refer to them
+            texts = Committer(Table(storage, "embeddings"), run_id, knows_all=True)
+            self._committers = {"embeddings": texts, **self._committers}
         self._waiting: dict[str, list[Part]] = {name: [] for name in self._committers}
         self._every = every
         self._last = time.monotonic()
@@ -35,21 +38,22 @@ class Commits:
             self._oldest = time.monotonic()
 
     def commit(self, force: bool = False) -> int:
-        """Commit what waits, if it is time or `force`; the rows that now exist."""
+        """Commit what waits, if it is time or `force`; the samples and failures that now exist."""
         if not force and time.monotonic() - self._last < self._every:
             return 0
         rows = 0
         for name, parts in self._waiting.items():
             if parts:
-                rows += self._committers[name].commit(parts).rows
+                made = self._committers[name].commit(parts).rows
+                rows += made if name != "embeddings" else 0
                 self._waiting[name] = []
         self._last, self._oldest = time.monotonic(), None
         return rows
 
     @property
     def waiting(self) -> int:
-        """Rows that wait."""
-        return sum(part.rows for parts in self._waiting.values() for part in parts)
+        """Samples that wait."""
+        return sum(part.rows for name, parts in self._waiting.items() if name != "embeddings" for part in parts)
 
     @property
     def lag(self) -> float:

@@ -60,6 +60,8 @@ class Job:
     """What tells rows that count from others; None where all of the dataset's do."""
     name: str = ""
     """Of the dataset, for those who watch."""
+    with_texts: bool = False
+    """Whether embeddings of texts are kept."""
 
 
 @dataclass
@@ -136,7 +138,7 @@ def generate(
         stop: set it to end early.
         report: called with the counts a few times a second.
     """
-    commits = Commits(job.storage, job.run_id, job.commit_every)
+    commits = Commits(job.storage, job.run_id, job.commit_every, job.with_texts)
     progress = Progress(total=len(job.enumeration))
     samples = Table(job.storage, "samples")
     done = IdSet(batch.column("sample_id") for batch in samples.batches(["sample_id"], job.rows))

@@ -129,7 +129,7 @@ def place(
     """Groups for a cluster.
 
     Args:
-        generating: EncodeText, SampleLatents, DecodeLatents.
+        generating: EncodeText, SampleLatents, DecodeLatents, which are split; or EncodeText alone, which is not.
         judging: ScoreMedia, JudgeQuality, CaptionMedia, WriteShards.
         cluster: what is free for this run.
         compute: what the spec says of actors and their resources.
@@ -138,6 +138,7 @@ def place(
     compute = compute or Compute()
     on_gpus = cluster.gpus >= 1 or any(each.gpus for each in compute.resources.values())
     split = compute.split == "stages" or (compute.split == "auto" and cluster.gpus >= 8)
+    split = split and len(generating) == 3
     counts, shares = (_on_gpus if on_gpus else _on_cpus)(generating, cluster, compute, split, needs_model)
     stages: dict[GroupName, tuple[Stage, ...]] = {"sample": generating, "judge": judging}
     if "encode" in counts:

@@ -29,7 +29,9 @@ from models.viewer import ViewerRef
 from pipelines.decomposer import decomposer_of
 from pipelines.expander import Expander, expander_of
 from pipelines.identity import generator_id
+from pipelines.kept import kept_states
 from pipelines.operating_point import OperatingPoint
+from pipelines.refusals import check_licences, check_oracle
 from pipelines.spec import Spec, absolute_paths
 from pipelines.viewers import Viewer
 from stages.batch import Stage
@@ -40,6 +42,7 @@ from stages.judge import JudgeQuality
 from stages.rubric import OVERALL, Rubric, check_screen, check_thresholds, load_rubric, with_decomposed
 from stages.score import ScoreMedia
 from stages.screen import ScreenQuality
+from stages.tensors import KeptStates
 from stages.write import GeneratorFacts, WriteShards
 
 ENDPOINT_LICENCE = Licence("unknown", "unknown", "it is behind an endpoint, which states none; read its terms")
@@ -139,7 +142,14 @@ class Resolved:
             crf=output.crf,
             marked=output.marked,
             tensors={str(role): str(dtype) for role, dtype in output.tensors.items()},
+            trajectory=self.kept_states,
+            with_media=self.spec.recipe != "prompts",
         )
+
+    @property
+    def kept_states(self) -> KeptStates | None:
+        """Which states of a path are kept; None where the recipe keeps none."""
+        return kept_states(self.spec)
 
     @property
     def asked(self) -> str:
@@ -240,16 +250,6 @@ def _viewer(name: str, section: Viewer | None, storage: Storage) -> ViewerRef | 
     )
 
 
-def _check_oracle(rubric: Rubric) -> None:
-    """Refuse a rubric that asks what the oracle does not mark."""
-    others = [question.name for question in rubric.questions if question.name not in marks.QUESTIONS]
-    if others:
-        raise UserError(
-            f"judge.rubric: {rubric.name} asks {', '.join(others)}; judge.backend: oracle marks "
-            f"{', '.join(marks.QUESTIONS)} and nothing else"
-        )
-
-
 def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
     """Look up everything a spec names. UserErrors name the key that is wrong."""
     spec = absolute_paths(spec)
@@ -262,7 +262,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         check_thresholds(rubric, spec.judge.bars)
         check_screen(rubric, spec.judge.screen.questions if spec.judge.screen else ())
     if spec.judge.backend == "oracle":
-        _check_oracle(rubric)
+        check_oracle(rubric)
     plan = sampler_plan(spec)
     degrees = Degrees(**spec.layout.parallel.model_dump())
     generators, facts, ids = [], [], []
@@ -276,8 +276,9 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         pipeline = read_index(folder)["_class_name"]
         check_layout(folder, family_of(pipeline), degrees, guided=plan.guidance_scale > 1, blocks=plan.blocks)
         check_attention(family_of(pipeline), spec.layout.attention)
-        if family_of(pipeline) is None and (spec.output.tensors or spec.output.keep_rejected == "latents"):
-            key = "output.tensors" if spec.output.tensors else "output.keep_rejected"
+        keeps = spec.output.tensors or spec.trajectory
+        if family_of(pipeline) is None and (keeps or spec.output.keep_rejected == "latents"):
+            key = "output.keep_rejected" if not keeps else "trajectory" if spec.trajectory else "output.tensors"
             raise UserError(
                 f"{key}: {generator.model} is a {pipeline}, which runs whole and gives no latents; keep media only"
             )
@@ -326,7 +327,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
     expander = expander_of(spec)
     if expander is not None and spec.prompts.expand is not None:
         licences.setdefault(spec.prompts.expand.model, licence_of(expander.stage.model.path, spec.prompts.expand.model))
-    _check_licences(spec, licences)
+    check_licences(spec, licences)
     run = Resolved(
         spec=spec,
         run_id=run_id or new_run_id(),
@@ -384,14 +385,3 @@ def code_version() -> str:
         return number
     found = subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     return f"{number}+{found.stdout.strip()}" if found.returncode == 0 else number
-
-
-def _check_licences(spec: Spec, licences: dict[str, Licence]) -> None:
-    if spec.policy.licences != "refuse":
-        return
-    for model, licence in licences.items():
-        if licence.may_train != "yes":
-            raise UserError(
-                f"policy.licences: refuse, and {model} ({licence.name}: {licence.why}) says {licence.may_train} on training"
-                " other models; choose another model, or give its generator may_train: yes if you have leave"
-            )

@@ -44,6 +44,7 @@ def open_dataset(run: Resolved) -> None:
         "schema_version": SCHEMA_VERSION,
         "recipe": spec.recipe,
         "tensors": dict(spec.output.tensors),
+        **({"trajectory": _kept(run)} if spec.trajectory else {}),
         "plan": None,
         "ditmill": code_version(),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -55,15 +56,19 @@ def open_dataset(run: Resolved) -> None:
 
 
 def check_dataset(run: Resolved) -> None:
-    """UserError if the dataset that is there is of another recipe or keeps other tensors."""
+    """UserError if the dataset that is there is of another recipe or keeps other tensors or states."""
     if not dataset_exists(run.storage):
         return
     found = read_dataset_json(run.storage)
-    for key, asked in (("recipe", run.spec.recipe), ("tensors", dict(run.spec.output.tensors))):
-        if found[key] != asked:
-            name = "recipe" if key == "recipe" else "output.tensors"
+    held = {
+        "recipe": ("recipe", run.spec.recipe),
+        "output.tensors": ("tensors", dict(run.spec.output.tensors)),
+        "trajectory": ("trajectory", _kept(run)),
+    }
+    for name, (key, asked) in held.items():
+        if found.get(key) != asked:
             raise UserError(
-                f"{name}: the dataset at {redact(run.storage.root)} was made with {found[key]!r}, found {asked!r};"
+                f"{name}: the dataset at {redact(run.storage.root)} was made with {found.get(key)!r}, found {asked!r};"
                 " what a dataset holds is fixed, so set output.uri to a new one, or change it back"
             )
     if found["schema_version"] > SCHEMA_VERSION:
@@ -71,6 +76,14 @@ def check_dataset(run: Resolved) -> None:
             f"output.uri: the dataset has schema version {found['schema_version']}, this ditmill knows {SCHEMA_VERSION};"
             " use a newer ditmill"
         )
+
+
+def _kept(run: Resolved) -> dict[str, Any] | None:
+    """What `dataset.json` says of the states of paths: which are kept, of how many steps, and as what."""
+    states = run.kept_states
+    if states is None:
+        return None
+    return {"places": list(states.places), "steps": run.plan.num_inference_steps, "dtype": states.dtype}
 
 
 def commit_run_row(run: Resolved, event: str, **values: Any) -> None:
@@ -138,6 +151,7 @@ def make_samples(
         guards=run.spec.guards,
         rows=run.spec.schedule.rows(run.storage),
         name=run.spec.name,
+        with_texts="text_embeddings" in run.spec.output.tensors,
     )
     try:
         with bound(run_id=run.run_id):

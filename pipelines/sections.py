@@ -317,6 +317,24 @@ class Storage(Section):
         return self
 
 
+Dtype = Literal["float32", "float16", "bfloat16"]
+Tensor = Literal["latents", "noise", "text_embeddings"]
+
+
+class Trajectory(Section):
+    """Which states of the teacher's path are kept: recipe trajectory."""
+
+    keep: Literal["all"] | tuple[int, ...] = Field(
+        description="all, or their indices, negative ones from the end: [0, 12, 24, 36, -1]."
+    )
+    convention: Literal["before", "after"] = Field(
+        "before",
+        description="What an index names: before, what step k starts from, 0 the noise, N+1 states of N steps; after, what"
+        " step k made, N states without the noise.",
+    )
+    dtype: Dtype = Field("float16", description="Of the stored states.")
+
+
 class Output(Section):
     """Where the dataset lands."""
 
@@ -330,7 +348,9 @@ class Output(Section):
     marked: bool = Field(
         True, description="Say in each media file's XMP that a model made it (IPTC DigitalSourceType)."
     )
-    tensors: dict[Literal["latents"], Literal["float32", "float16", "bfloat16"]] = Field(
-        {}, description="Tensors kept beside accepted media, with their dtype."
+    tensors: dict[Tensor, Dtype] = Field(
+        {},
+        description="Tensors that are kept, with their dtype: latents and noise of accepted samples, text_embeddings once for"
+        " each distinct text. Left out, what the recipe is for (see docs/distillation.md).",
     )
     storage: Storage = Field(Storage(), description="Object storage.")

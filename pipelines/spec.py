@@ -14,6 +14,7 @@ from infra.errors import UserError
 from infra.safe_yaml import read_yaml
 from pipelines.explain import explain
 from pipelines.guards import Guards
+from pipelines.kept import check_recipe, with_tensors
 from pipelines.overrides import override
 from pipelines.placement import Compute
 from pipelines.policy import Policy, named_urls, refusal
@@ -34,6 +35,7 @@ from pipelines.sections import (
     Section,
     Storage,
     Target,
+    Trajectory,
 )
 from pipelines.values import check_values
 from pipelines.viewers import Caption, Judge
@@ -62,6 +64,7 @@ __all__ = [
     "Spec",
     "Storage",
     "Target",
+    "Trajectory",
     "absolute_paths",
     "load_spec",
     "parse_spec",
@@ -76,7 +79,11 @@ class Spec(Section):
         pattern=r"^[a-z0-9][a-z0-9_-]*$",
         description="Name of the dataset: lower-case letters, digits, - and _.",
     )
-    recipe: Literal["synthetic"] = Field("synthetic", description="Kind of dataset.")
+    recipe: Literal["synthetic", "reflow", "trajectory", "prompts"] = Field(
+        "synthetic",
+        description="Kind of dataset: judged media; noise and final latents; states of the teacher's path; prompts with their"
+        " embeddings.",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Enters the noise of every sample that gives none itself.")
     prompts: Prompts = Field(description="Where prompts come from: {path: prompts.txt}, or {inline: [a prompt]}.")
     samples_per_prompt: int = Field(1, ge=1, description="Samples of each prompt, from different noise.")
@@ -85,6 +92,7 @@ class Spec(Section):
         (Generator(),), description="Models that generate."
     )
     sampler: Sampler = Field(Sampler(), description="The sampler plan.")
+    trajectory: Trajectory | None = Field(None, description="States of recipe trajectory.")
     layout: Layout = Field(Layout(), description="How the sampler runs.")
     score: Score = Field(Score(), description="Scores without a model, before the judge.")
     judge: Judge = Field(Judge(), description="The judge.")
@@ -97,6 +105,17 @@ class Spec(Section):
     policy: Policy = Field(Policy(), description="Policies.")
     output: Output = Field(Output(), description="Where it lands.")
     compute: Compute = Field(Compute(), description="What it may use.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_what_its_recipe_is_for(cls, data: Any) -> Any:
+        """A recipe's own tensors, where the spec names none."""
+        return with_tensors(data) if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _fits_its_recipe(self) -> Spec:
+        check_recipe(self)
+        return self
 
     @model_validator(mode="after")
     def _names_allowed_places(self) -> Spec:

@@ -15,10 +15,11 @@ from infra.control import live_runs, uncommitted_files
 from infra.schema import KEYS, TABLES
 from infra.storage import Storage
 from infra.tables import Table, dataset_exists
-from models.noise import noise_key
+from models.noise import noise_key, noise_sha256, standard_normal
 from pipelines.enumeration import Enumeration
 from pipelines.idset import IdSet
 from pipelines.release import list_releases
+from pipelines.samples import latent_shape
 
 SHOWN = 20
 AT_ONCE = 256
@@ -59,6 +60,7 @@ def verify(storage: Storage, run_id: str | None = None, read_media: bool = True)
     yield from _duplicates(storage, broken)
     yield from _rows(storage, broken)
     yield from _media(storage, run_id, read_media, broken)
+    yield from _distilling(storage, run_id, read_media, broken)
     yield from _planned(storage, broken)
     for path in broken.keys() - told:
         yield Finding("part_broken", path, broken[path])
@@ -106,7 +108,7 @@ def _live(storage: Storage) -> set[str]:
 
 def _duplicates(storage: Storage, broken: Broken) -> Iterator[Finding]:
     """No key stands in two rows."""
-    for name in ("samples", "prompts", "failures", "runs"):
+    for name in ("samples", "prompts", "embeddings", "failures", "runs"):
         columns = list(KEYS[name])
         parts = list(_read(storage, name, columns, broken))
         if not parts:
@@ -131,35 +133,53 @@ def _rows(storage: Storage, broken: Broken) -> Iterator[Finding]:
 
 def _media(storage: Storage, run_id: str | None, read: bool, broken: Broken) -> Iterator[Finding]:
     """Every media and tensor reference resolves, and the bytes have the recorded sha256."""
-    sizes: dict[str, int | None] = {}
     where = None if run_id is None else pc.field("run_id") == run_id
-    waiting: list[dict[str, Any]] = []
-    for row in _each(_read(storage, "samples", ["sample_id", "verdict", "media", "tensors"], broken, where)):
-        if row["verdict"] == "accepted" and not row["media"]:
+    columns = ["sample_id", "recipe", "verdict", "media", "tensors"]
+    held = _Held(storage, read)
+    for row in _each(_read(storage, "samples", columns, broken, where)):
+        if row["verdict"] == "accepted" and not row["media"] and row["recipe"] != "prompts":
             yield Finding("media_missing", row["sample_id"], "an accepted sample has no media")
-        for item in [*(row["media"] or []), *(row["tensors"] or [])]:
+        yield from held.add(f"sample {row['sample_id']}", [*(row["media"] or []), *(row["tensors"] or [])])
+    for row in _each(_read(storage, "embeddings", ["text_id", "tensors"], broken, where)):
+        yield from held.add(f"text {row['text_id']}", row["tensors"] or [])
+    yield from held.rest()
+
+
+class _Held:
+    """References that are held to what is stored: that it is there at once, its bytes many at a time."""
+
+    def __init__(self, storage: Storage, read: bool) -> None:
+        self._storage, self._read = storage, read
+        self._sizes: dict[str, int | None] = {}
+        self._waiting: list[dict[str, Any]] = []
+
+    def add(self, who: str, items: list[dict[str, Any]]) -> Iterator[Finding]:
+        for item in items:
             shard = item["shard"]
             if "://" in shard or shard.startswith("/"):
                 continue  # media that live elsewhere
-            if shard not in sizes:
-                try:
-                    sizes[shard] = storage.size(shard)
-                except FileNotFoundError:
-                    sizes[shard] = None
-            length = sizes[shard]
+            length = self._size(shard)
             end = item["offset"] + item["nbytes"]
             if length is None:
-                yield Finding("shard_missing", shard, f"sample {row['sample_id']} refers to it")
+                yield Finding("shard_missing", shard, f"{who} refers to it")
             elif end > length:
-                yield Finding(
-                    "shard_short", shard, f"sample {row['sample_id']} ends at byte {end}, the shard at {length}"
-                )
-            elif read:
-                waiting.append(item)
-        if len(waiting) >= AT_ONCE or sum(item["nbytes"] for item in waiting) >= AT_ONCE_BYTES:
-            yield from _changed(storage, waiting)
-            waiting.clear()
-    yield from _changed(storage, waiting)
+                yield Finding("shard_short", shard, f"{who} ends at byte {end}, the shard at {length}")
+            elif self._read:
+                self._waiting.append(item)
+        if len(self._waiting) >= AT_ONCE or sum(item["nbytes"] for item in self._waiting) >= AT_ONCE_BYTES:
+            yield from self.rest()
+
+    def rest(self) -> Iterator[Finding]:
+        yield from _changed(self._storage, self._waiting)
+        self._waiting.clear()
+
+    def _size(self, shard: str) -> int | None:
+        if shard not in self._sizes:
+            try:
+                self._sizes[shard] = self._storage.size(shard)
+            except FileNotFoundError:
+                self._sizes[shard] = None
+        return self._sizes[shard]
 
 
 def _changed(storage: Storage, items: list[dict[str, Any]]) -> Iterator[Finding]:
@@ -169,6 +189,26 @@ def _changed(storage: Storage, items: list[dict[str, Any]]) -> Iterator[Finding]
         if hashlib.sha256(data).hexdigest() != item["sha256"]:
             where = f"{item['shard']} {item['member']}"
             yield Finding("media_changed", where, "its bytes do not have the recorded sha256")
+
+
+def _distilling(storage: Storage, run_id: str | None, read: bool, broken: Broken) -> Iterator[Finding]:
+    """Every text that a sample names is a row of `embeddings`; noise that is drawn again has the recorded sha256."""
+    where = None if run_id is None else pc.field("run_id") == run_id
+    known = IdSet(
+        chunk for part in _read(storage, "embeddings", ["text_id"], broken) for chunk in part["text_id"].chunks
+    )
+    if broken:
+        return  # what a part that is lost held cannot be known
+    columns = ["sample_id", "recipe", "noise_key", "tensors", "plan_json", "extra_json"]
+    for row in _each(_read(storage, "samples", columns, broken, where)):
+        said = json.loads(row["extra_json"] or "{}") if row["recipe"] != "synthetic" or len(known) else {}
+        named = [said[name] for name in ("text_id", "negative_text_id") if name in said]
+        for text_id, found in zip(named, known.contains(named), strict=True):
+            if not found:
+                yield Finding("text_missing", row["sample_id"], f"its text {text_id} is no row of embeddings")
+        shape = latent_shape(row) if read and "noise_sha256" in said else None
+        if shape is not None and noise_sha256(standard_normal(row["noise_key"], shape)) != said["noise_sha256"]:
+            yield Finding("noise_changed", row["sample_id"], "its noise, drawn again, has not the recorded sha256")
 
 
 def _planned(storage: Storage, broken: Broken) -> Iterator[Finding]:

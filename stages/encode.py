@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from infra.shard import safetensors_of
 from models.generator import Generator, GeneratorRef, load_generator
 from models.inputs import InputError, first_frame
 from models.plan import SamplerPlan
 from models.scenes import scenes_of
+from models.text import encoding_of, text_of
 from stages.batch import Batch, size, texts
 
 PREFIX = "cond."
@@ -23,15 +25,21 @@ LONGEST_PROMPT = 20_000
 class EncodeText:
     """Adds `cond.*`: for each sample, what its generator's pipeline takes as embeddings, masks and first frame.
 
+    With `keep_text`, a dtype, also `text` and `negative_text`: a safetensors file of that dtype with the same, unpadded (see
+    `models.text.text_of`), and what made it in its metadata; and its id, `text_id` and `negative_text_id`. Samples that
+    share a text share its bytes. Where there is no guidance there is no negative text, and these are empty.
+
     A pipeline that runs whole adds nothing. Fails samples as `empty_prompt`, `bad_text` (not valid Unicode),
-    `prompt_too_long`, `too_many_scenes` (more than the video has blocks) and `bad_input` (an input that is missing or
-    unreadable). What was found when the records were read stands in `extra`: `bad_text` true, `bad_input` with the reason.
+    `prompt_too_long`, `too_many_scenes` (more than the video has blocks), `bad_input` (an input that is missing or
+    unreadable) and `bad_embeddings` (which do not fit `keep_text`). What was found when the records were read stands in
+    `extra`: `bad_text` true, `bad_input` with the reason.
     """
 
     generators: tuple[GeneratorRef, ...]
     plan: SamplerPlan
     batch_size: int
     threads: int = 1
+    keep_text: str = ""
 
     name: ClassVar[str] = "encode"
     reads: ClassVar[tuple[str, ...]] = (
@@ -84,7 +92,31 @@ class EncodeText:
         good = np.array([row for row, problem in enumerate(problems) if not problem], dtype=np.int64)
         if generator.family is not None and len(good):
             result |= self._encode(generator, batch, images, good)
+            if self.keep_text:
+                self._add_texts(generator, result, good)
         return result
+
+    def _add_texts(self, generator: Generator, batch: Batch, rows: np.ndarray) -> None:
+        """Add what is kept of the texts of `rows`."""
+        assert generator.family is not None
+        encoding = encoding_of(generator, self.plan)
+        conditions = {name.removeprefix(PREFIX): value for name, value in batch.items() if name.startswith(PREFIX)}
+        known: dict[str, bytes] = {}
+        for negative, prefix in ((False, ""), (True, "negative_")):
+            ids, files = texts([""] * size(batch)), texts([""] * size(batch))
+            for row in rows:
+                kept = text_of(generator.family, conditions, row, negative)
+                if not kept:
+                    continue
+                text_id = encoding.text_id(str(batch[f"{prefix}prompt"][row] or ""), negative)
+                try:
+                    if text_id not in known:
+                        known[text_id] = safetensors_of(kept, self.keep_text, encoding.as_metadata())
+                    ids[row], files[row] = text_id, known[text_id]
+                except ValueError as error:
+                    batch["error_type"] = _with(batch["error_type"], row, "bad_embeddings")
+                    batch["error"] = _with(batch["error"], row, f"{error}; output.tensors.text_embeddings may be wider")
+            batch[f"{prefix}text_id"], batch[f"{prefix}text"] = ids, files
 
     def _encode(self, generator: Generator, batch: Batch, images: list[Any], good: np.ndarray) -> Batch:
         rows = padded(good, self.batch_size)
@@ -106,6 +138,12 @@ def padded(rows: np.ndarray, batch_size: int) -> np.ndarray:
     """`rows`, filled up with the first of them: torch's last bits depend on the size of a batch."""
     missing = max(0, batch_size - len(rows))
     return np.concatenate([rows, np.repeat(rows[:1], missing)])
+
+
+def _with(column: np.ndarray, row: int, value: str) -> np.ndarray:
+    changed = column.copy()
+    changed[row] = value
+    return changed
 
 
 def _problem(prompt: Any, negative_prompt: Any, extra: dict[str, Any]) -> tuple[str, str] | None:

@@ -10,7 +10,8 @@ from typing import ClassVar
 import numpy as np
 
 from models.generator import Generator, GeneratorRef, load_generator
-from models.noise import standard_normal
+from models.noise import noise_sha256, standard_normal
+from models.path import Path
 from models.placement import device_name
 from models.plan import SamplerPlan
 from stages.batch import Batch, size, texts
@@ -24,12 +25,17 @@ class SampleLatents:
 
     Each sample starts from its own noise, and is denoised in a batch of exactly `batch_size`. A pipeline that runs whole
     adds `frames` instead of `latents`. Fails samples as `nan_latents`.
+
+    With `hash_noise` also `noise_sha256`, of the noise's float32 bytes in C order; with `keep`, places of states (see
+    `models.path`), also `trajectory` [n, states, *latent_shape] float32.
     """
 
     generators: tuple[GeneratorRef, ...]
     plan: SamplerPlan
     batch_size: int
     threads: int = 1
+    hash_noise: bool = False
+    keep: tuple[int, ...] = ()
 
     name: ClassVar[str] = "sample"
     reads: ClassVar[tuple[str, ...]] = ("cond.*", "noise_key", "generator", "height", "width", "num_frames", "fps")
@@ -43,7 +49,7 @@ class SampleLatents:
         for ref in self.generators:
             load_generator(ref).load("sample")
             load_generator(ref).lay_out(self.plan)
-            load_generator(ref).check_plan(self.plan)
+            load_generator(ref).check_plan(self.plan, with_path=bool(self.keep))
 
     def __call__(self, batch: Batch) -> Batch:
         generator = load_generator(self.generators[int(batch["generator"][0])])
@@ -55,13 +61,14 @@ class SampleLatents:
                 list(batch["prompt"]), list(batch["negative_prompt"]), list(batch["noise_key"]), self.plan, *shape, fps
             )
         else:
-            latents, nfe = self._sample(generator, batch, shape, fps)
+            made, nfe = self._sample(generator, batch, shape, fps)
+            result |= made
+            latents = result["latents"]
             finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
             if not finite.all():
                 for name, text in (("error_type", "nan_latents"), ("error", "the latents are not finite")):
                     result[name] = np.where(finite, batch[name], texts([text] * len(latents)))
                 latents[~finite] = 0
-            result["latents"] = latents
         described = json.dumps(generator.describe(self.plan, *shape), sort_keys=True)
         result["nfe"] = np.full(size(batch), nfe, dtype=np.int64)
         result["plan_json"] = texts([described] * size(batch))
@@ -69,9 +76,7 @@ class SampleLatents:
         result["device"] = texts([device_name(generator.ref.device)] * size(batch))
         return result
 
-    def _sample(
-        self, generator: Generator, batch: Batch, shape: tuple[int, int, int], fps: float
-    ) -> tuple[np.ndarray, int]:
+    def _sample(self, generator: Generator, batch: Batch, shape: tuple[int, int, int], fps: float) -> tuple[Batch, int]:
         count = size(batch)
         rows = padded(np.arange(count), self.batch_size if generator.batches else count)
         latent_shape = generator.latent_shape(*shape)
@@ -79,5 +84,11 @@ class SampleLatents:
         conditions = {
             name.removeprefix(PREFIX): value[rows] for name, value in batch.items() if name.startswith(PREFIX)
         }
-        latents, nfe = generator.sample(conditions, noise[rows], self.plan, *shape, fps)
-        return latents[:count], nfe
+        path = Path(self.keep, self.plan.num_inference_steps) if self.keep else None
+        latents, nfe = generator.sample(conditions, noise[rows], self.plan, *shape, fps, path)
+        made: Batch = {"latents": latents[:count]}
+        if path is not None:
+            made["trajectory"] = path.states[:count]
+        if self.hash_noise:
+            made["noise_sha256"] = texts([noise_sha256(values) for values in noise])
+        return made, nfe

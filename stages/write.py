@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import socket
 import sys
 from dataclasses import dataclass, field
@@ -20,11 +19,13 @@ from uuid import uuid4
 import numpy as np
 import orjson
 
-from infra.errors import UserError
-from infra.schema import FAILURES, SAMPLES
-from infra.shard import Place, build_tar, safetensors_bytes
+from infra.schema import EMBEDDINGS, FAILURES, SAMPLES
+from infra.shard import Place, build_tar
 from infra.storage import Storage
 from stages.batch import Batch, SampleError, jsons, size
+from stages.embeddings import Texts, texts_of
+from stages.tensors import KeptStates, no_latents, sample_tensors
+from stages.writable import check_writable, is_plain, valid
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,8 +60,9 @@ class WriteShards:
         batch_index, parts: [{table, path, nbytes, rows}], media: [names of tars], media_nbytes, accepted, rejected,
         failed, ledger: what the batch's own column `ledger` holds in its first row, else []
 
-    Media first, then parts, so that a part never refers to what is not there. A sample that cannot be written (its text
-    is no valid Unicode, a number is not finite) becomes a failure; OSError goes to the caller as it is.
+    Media first, then parts, so that a part never refers to what is not there. With `tensors: {text_embeddings: ...}` the
+    batch's new texts go to a tar of their own, `text/<run>/<batch>.tar`, and to rows of `embeddings`. A sample that cannot
+    be written (its text is no valid Unicode, a number is not finite) becomes a failure; OSError goes to the caller as it is.
     """
 
     storage: Storage
@@ -76,6 +78,8 @@ class WriteShards:
     crf: int = 18
     marked: bool = True
     tensors: dict[str, str] = field(default_factory=dict)
+    trajectory: KeptStates | None = None
+    with_media: bool = True
 
     name: ClassVar[str] = "write"
     reads: ClassVar[tuple[str, ...]] = ("sample_id", "frames", "latents", "verdict")
@@ -118,7 +122,9 @@ class _Written:
         self.rows: dict[str, list[Row]] = {"accepted": [], "rejected": []}
         self.members: dict[str, list[tuple[str, bytes]]] = {"accepted": [], "rejected": []}
         self.failures: list[Row] = []
-        self._doubtful = not _is_plain(batch)
+        self._doubtful = not is_plain(batch)
+        dtype = stage.tensors.get("text_embeddings", "")
+        self.texts = texts_of(batch, stage.storage, stage.run_id, now, dtype) if dtype else Texts([], [])
         self._parsed: dict[str, Any] = {}
         self._values = {name: column.tolist() for name, column in batch.items() if column.ndim == 1}
 
@@ -147,8 +153,19 @@ class _Written:
             _refer(self.rows[verdict], shard, places)
             media.append(shard)
             media_nbytes += len(data)
+        if self.texts.members:
+            shard = f"text/{self.stage.run_id}/{self.file}.tar"
+            data, places = build_tar(self.texts.members)
+            self.stage.storage.write_bytes(shard, data)
+            _refer(self.texts.rows, shard, places)
+            media.append(shard)
+            media_nbytes += len(data)
         samples = self.rows["accepted"] + self.rows["rejected"]
-        parts = [self._part("samples", samples, SAMPLES), self._part("failures", self.failures, FAILURES)]
+        parts = [
+            self._part("embeddings", self.texts.rows, EMBEDDINGS),
+            self._part("samples", samples, SAMPLES),
+            self._part("failures", self.failures, FAILURES),
+        ]
         return {
             "batch_index": self.batch_index,
             "parts": [part for part in parts if part["rows"]],
@@ -188,36 +205,40 @@ class _Written:
             "node": socket.gethostname(),
             "created_at": self.now,
         }
-        return {key: _valid(value) if isinstance(value, str) else value for key, value in row.items()}
+        return {key: valid(value) if isinstance(value, str) else value for key, value in row.items()}
 
     def _sample(self, at: int) -> tuple[Row, list[tuple[str, bytes]]]:
         """A row, its media without places, and the members that hold them."""
         row = self._facts(at)
         if self._doubtful:
-            _check_writable({**row, "extra_json": json.loads(row["extra_json"])}, "")
+            check_writable({**row, "extra_json": json.loads(row["extra_json"])}, "")
         members: list[tuple[str, bytes]] = []
         accepted = row["verdict"] == "accepted"
         keep = "media" if accepted else self.stage.keep_rejected
-        if keep in ("media", "preview"):
+        if keep in ("media", "preview") and self.stage.with_media:
             role, encoded = self._encoded(self.batch["frames"][at], row["fps"], keep == "preview")
             row["media"].append(_media(row["sample_id"], role, encoded))
             members.append((row["media"][0]["member"], encoded.data))
-        dtype = self.stage.tensors.get("latents", None if accepted else "float32")
-        if dtype and (accepted or keep == "latents"):
+        if dtypes := self._dtypes(accepted, keep == "latents"):
             if "latents" not in self.batch:
-                key = "output.tensors" if accepted else "output.keep_rejected"
-                raise UserError(f"{key}: {row['model']} runs whole and gives no latents; do not ask for them")
-            latents = self.batch["latents"][at]
-            layout = json.loads(row["plan_json"] or "{}").get("latent_layout", "")
-            try:
-                data = safetensors_bytes("latents", latents, dtype, {"layout": layout, "plan": row["plan_json"]})
-            except ValueError as error:
-                raise SampleError("bad_latents", str(error)) from error
-            row["tensors"].append(_tensor(row["sample_id"], data, dtype, latents.shape, layout))
-            members.append((row["tensors"][0]["member"], data))
-        if accepted:
+                raise no_latents(row["model"], "output.tensors" if accepted else "output.keep_rejected")
+            known = [name for name in ("latents", "trajectory") if name in self.batch]
+            values: dict[str, np.ndarray] = {name: self.batch[name][at] for name in known}
+            said = json.loads(row["extra_json"]).get("trajectory")
+            for reference, member in sample_tensors(row, values, dtypes, said):
+                row["tensors"].append(reference)
+                members.append(member)
+        if accepted and members:
             members.append((f"{row['sample_id']}.json", sidecar(row)))
         return row, members
+
+    def _dtypes(self, accepted: bool, latents: bool) -> dict[str, str]:
+        """Role -> dtype of the tensors that are kept of a sample; of a rejected one `latents` at most."""
+        stage = self.stage
+        if not accepted:
+            return {"latents": stage.tensors.get("latents", "float32")} if latents else {}
+        dtypes = {role: dtype for role, dtype in stage.tensors.items() if role != "text_embeddings"}
+        return dtypes | ({"trajectory": stage.trajectory.dtype} if stage.trajectory else {})
 
     def _encoded(self, frames: np.ndarray, fps: float, preview: bool) -> tuple[str, Encoded]:
         """The role of a sample's media, and the media."""
@@ -282,8 +303,19 @@ class _Written:
             "device": self._text(at, "device") or stage.device,
             "code_version": stage.code_version,
             "created_at": self.now,
-            "extra_json": _extra(self._text(at, "extra"), licence, self._text(at, "decomposed")),
+            "extra_json": _extra(
+                self._text(at, "extra"), licence, self._text(at, "decomposed"), self._distilling(at, facts)
+            ),
         }
+
+    def _distilling(self, at: int, facts: GeneratorFacts) -> tuple[tuple[str, str], ...]:
+        """What recipes for distillation tell of a sample, as names and JSON."""
+        names = ("noise_sha256", "text_id", "negative_text_id")
+        said = {name: json.dumps(value) for name in names if (value := self._text(at, name))}
+        if self.stage.trajectory is not None:
+            plan = json.loads(self._text(at, "plan_json") or "{}")
+            said["trajectory"] = json.dumps(self.stage.trajectory.facts(plan, facts.num_inference_steps))
+        return tuple(said.items())
 
     def _text(self, at: int, column: str) -> str:
         values = self._values.get(column)
@@ -304,17 +336,13 @@ class _Written:
 
 
 @lru_cache
-def _extra(text: str, licence: str, decomposed: str) -> str:
+def _extra(text: str, licence: str, decomposed: str, more: tuple[tuple[str, str], ...] = ()) -> str:
     """A sample's own fields as JSON. Where nothing is scored, a whole batch has the same ones."""
     extra = {**json.loads(text or "{}"), **({"licence": licence} if licence else {})}
     if decomposed:
         extra["decomposed"] = json.loads(decomposed)
+    extra |= {name: json.loads(value) for name, value in more}
     return json.dumps(extra, ensure_ascii=False, sort_keys=True)
-
-
-def _valid(text: str) -> str:
-    """`text` with a question mark for what is no valid Unicode."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _media(sample_id: str, role: str, encoded: Encoded) -> Row:
@@ -327,20 +355,9 @@ def _media(sample_id: str, role: str, encoded: Encoded) -> Row:
     }
 
 
-def _tensor(sample_id: str, data: bytes, dtype: str, shape: tuple[int, ...], layout: str) -> Row:
-    return {
-        "role": "latents",
-        "member": f"{sample_id}.safetensors",
-        "dtype": dtype,
-        "shape": list(shape),
-        "layout": layout,
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-
-
 def _refer(rows: list[Row], shard: str, places: dict[str, Place]) -> None:
     for row in rows:
-        for reference in row["media"] + row["tensors"]:
+        for reference in [*row.get("media", ()), *row["tensors"]]:
             reference["shard"] = shard
             reference["offset"], reference["nbytes"] = places[reference["member"]]
 
@@ -356,38 +373,3 @@ the first few, and nothing that another run of the same sample would say differe
 def sidecar(row: Row) -> bytes:
     """The .json of a sample in a tar."""
     return orjson.dumps({key: row[key] for key in SIDECAR}, option=orjson.OPT_SORT_KEYS)
-
-
-def _is_plain(batch: Batch) -> bool:
-    """Whether all text is valid Unicode and no number but a finite one can be in it: then no row has to be looked at."""
-    for column in batch.values():
-        if column.dtype == object:
-            text = "\n".join(map(str, column))
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                return False
-            if any(word in text for word in ("NaN", "Infinity", "\\ud")):  # the last is half a character, in JSON
-                return False
-        elif column.ndim == 1 and not np.isfinite(column).all():
-            return False
-    return True
-
-
-def _check_writable(value: Any, where: str) -> None:
-    """Raise SampleError for text that is no Unicode and for numbers that are not finite, however deep."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            found = f"{error.reason} at character {error.start}"
-            raise SampleError("bad_text", f"{where}: expected valid Unicode, found {found}") from error
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise SampleError("bad_number", f"{where}: expected a finite number, found {value}")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_writable(key, where)
-            _check_writable(item, f"{where}.{key}" if where else key)
-    elif isinstance(value, list):
-        for at, item in enumerate(value):
-            _check_writable(item, f"{where}[{at}]")

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from pipelines.recipes import synthetic
+from pipelines.recipes import prompts, reflow, synthetic, trajectory
 
-RECIPES: dict[str, ModuleType] = {"synthetic": synthetic}
+RECIPES: dict[str, ModuleType] = {
+    "synthetic": synthetic,
+    "reflow": reflow,
+    "trajectory": trajectory,
+    "prompts": prompts,
+}

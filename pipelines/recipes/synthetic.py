@@ -14,14 +14,22 @@ if TYPE_CHECKING:
     from pipelines.resolve import Resolved
 
 
-def generating(run: Resolved) -> tuple[Stage, ...]:
+def encoding(run: Resolved) -> EncodeText:
+    layout = run.spec.layout
+    kept = run.spec.output.tensors.get("text_embeddings", "")
+    return EncodeText(run.generators, run.plan, layout.batch_size, layout.threads, keep_text=kept)
+
+
+def generating(run: Resolved, hash_noise: bool = False) -> tuple[Stage, ...]:
     """Stages that use the generator."""
     layout = run.spec.layout
     arguments = (run.generators, run.plan, layout.batch_size, layout.threads)
-    sample, decode = SampleLatents(*arguments), DecodeLatents(*arguments)
+    states = run.kept_states
+    sample = SampleLatents(*arguments, hash_noise=hash_noise, keep=states.places if states else ())
+    decode = DecodeLatents(*arguments)
     parallel = run.generators[0].parallel
     return (
-        EncodeText(*arguments),
+        encoding(run),
         InGroup(sample, parallel.size) if parallel.size > 1 else sample,
         InGroup(decode, parallel.size) if parallel.vae > 1 else decode,
     )

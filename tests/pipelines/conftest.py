@@ -350,13 +350,15 @@ def make_generated(root: Path, spec: dict[str, Any]) -> Path:
     from pipelines.spec import parse_spec
     from stages.actor import run_stage
 
-    run = resolve_spec(parse_spec({**spec, "output": {**GENERATED["output"], "uri": str(root)}}))
+    run = resolve_spec(parse_spec({**spec, "output": {**spec["output"], "uri": str(root)}}))
     open_dataset(run)
     enumeration, _ = expand(run, lambda: ())
     ids = json.dumps({"generator_ids": run.generator_ids, "plan_id": run.plan.plan_id})
     known = {"plan_file": enumeration.plan_file, "planned": len(enumeration), "extra_json": ids}
     commit_run_row(run, "started", status="running", **known)
-    committers = {name: Committer(Table(run.storage, name), run.run_id) for name in ("samples", "failures")}
+    committers = {
+        name: Committer(Table(run.storage, name), run.run_id) for name in ("embeddings", "samples", "failures")
+    }
     todo = Batches(enumeration, lambda ids: np.zeros(len(ids), bool), run.spec.layout.batch_size, {}, run.spec.seed)
     recipe = RECIPES[run.spec.recipe]
     for number, batch in enumerate(todo):
