@@ -68,8 +68,8 @@ class Committer:
     """Appends to one table for one run.
 
     Open it before reading what the table holds and before writing a part: rows that others commit after its opening are
-    found by it, and so is a fence. Earlier rows are the reader's to leave out, unless `knows_all`: then their keys, some 150
-    bytes each, are read and held here.
+    found by it, and so is a fence. Earlier rows, and those of its own earlier parts, are the caller's to leave out, unless
+    `knows_all`: then all keys, some 150 bytes each, are held here.
     """
 
     def __init__(self, table: Table, run_id: str, knows_all: bool = False) -> None:
@@ -78,6 +78,7 @@ class Committer:
         self._credentials = table.storage.credentials
         self._handle: DeltaTable = table.ensure()
         self._seen: int = self._handle.version()
+        self._knows_all = knows_all
         # After the handle: what others commit in between is then known twice, not never.
         self._taken: set[Key] = _keys(table, table.files()) if knows_all else set()
         self._ours: dict[str, int | None] = {}  # path of a part as it was given -> its rows, None for all of them
@@ -144,6 +145,9 @@ class Committer:
 
     def _note(self, paths: Iterable[str]) -> None:
         """These parts are committed."""
+        paths = list(paths)
+        if self._knows_all:
+            self._taken.update(_keys(self.table, paths))
         for path in paths:
             given, rows = self._rewritten.get(path, (path, None))
             self._ours[given] = rows

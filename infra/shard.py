@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 BLOCK = tarfile.BLOCKSIZE
-MEMBER = re.compile(r"[a-z0-9_-]+(\.[a-z0-9]+){1,2}")
-"""A key, and a suffix that may say in two words what it is: <sample_id>.mp4, <sample_id>.trajectory.safetensors."""
+MEMBER = re.compile(r"[a-z0-9_-]+\.((trajectory|noise)\.safetensors|[a-z0-9]+)")
+"""A key and a suffix. Loaders take what comes after the first dot as the kind of a member."""
 LONGEST_NAME = 100  # of the USTAR name field
 
 EMPTY = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))  # mtime, uid and gid are 0, the mode is 0644
@@ -63,7 +63,7 @@ class TarWriter:
         """Write one member; where its data lies. Raises ValueError for any other name and for one that comes twice."""
         if not MEMBER.fullmatch(name) or len(name) > LONGEST_NAME:
             raise ValueError(
-                f"tar member {name!r}: expected <key>.<suffix> of a-z 0-9 _ -, at most {LONGEST_NAME} characters"
+                f"tar member {name!r}: expected <sample_id>.<suffix> of a-z 0-9 _ -, at most {LONGEST_NAME} characters"
             )
         if name in self._names:
             raise ValueError(f"tar member {name!r} comes twice")

@@ -104,4 +104,4 @@ def _tokens(family: Family, found: Mapping[str, np.ndarray]) -> int:
         seen = np.flatnonzero(found[EMBEDS].any(axis=1))  # an encoder's own output is never a whole token of zeros
     else:
         return length
-    return max(1, int(seen[-1]) + 1) if len(seen) else length
+    return int(seen[-1]) + 1 if len(seen) else 1  # a text of no tokens is one of zeros: what reads it wants some

@@ -15,6 +15,7 @@ from infra.schema import FAILURES
 from infra.storage import Storage
 from infra.tables import Table
 from pipelines.idset import IdSet
+from pipelines.text_commits import TextCommits
 from stages.batch import Batch
 
 
@@ -23,9 +24,7 @@ class Commits:
 
     def __init__(self, storage: Storage, run_id: str, every: float, with_texts: bool = False) -> None:
         self._committers = {name: Committer(Table(storage, name), run_id) for name in ("samples", "failures")}
-        if with_texts:  # before the samples that refer to them
-            texts = Committer(Table(storage, "embeddings"), run_id, knows_all=True)
-            self._committers = {"embeddings": texts, **self._committers}
+        self._texts = TextCommits(storage, run_id) if with_texts else None
         self._waiting: dict[str, list[Part]] = {name: [] for name in self._committers}
         self._every = every
         self._last = time.monotonic()
@@ -33,7 +32,11 @@ class Commits:
 
     def add(self, parts: list[dict[str, Any]]) -> None:
         for part in parts:
-            self._waiting[part["table"]].append(Part(part["path"], part["nbytes"], part["rows"]))
+            written = Part(part["path"], part["nbytes"], part["rows"])
+            if part["table"] == "embeddings" and self._texts is not None:
+                self._texts.add(written)
+            else:
+                self._waiting[part["table"]].append(written)
         if parts and self._oldest is None:
             self._oldest = time.monotonic()
 
@@ -42,18 +45,19 @@ class Commits:
         if not force and time.monotonic() - self._last < self._every:
             return 0
         rows = 0
+        if self._texts is not None:
+            self._texts.commit()
         for name, parts in self._waiting.items():
             if parts:
-                made = self._committers[name].commit(parts).rows
-                rows += made if name != "embeddings" else 0
+                rows += self._committers[name].commit(parts).rows
                 self._waiting[name] = []
         self._last, self._oldest = time.monotonic(), None
         return rows
 
     @property
     def waiting(self) -> int:
-        """Samples that wait."""
-        return sum(part.rows for name, parts in self._waiting.items() if name != "embeddings" for part in parts)
+        """Samples and failures that wait."""
+        return sum(part.rows for parts in self._waiting.values() for part in parts)
 
     @property
     def lag(self) -> float:

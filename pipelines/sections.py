@@ -321,10 +321,16 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Tensor = Literal["latents", "noise", "text_embeddings"]
 
 
+def _states(value: Any) -> Any:
+    if value == "all" or (isinstance(value, (list, tuple)) and all(type(index) is int for index in value)):
+        return value
+    raise ValueError(f"expected all, or a list of whole numbers, found {value!r}")
+
+
 class Trajectory(Section):
     """Which states of the teacher's path are kept: recipe trajectory."""
 
-    keep: Literal["all"] | tuple[int, ...] = Field(
+    keep: Annotated[Literal["all"] | tuple[int, ...], BeforeValidator(_states)] = Field(
         description="all, or their indices, negative ones from the end: [0, 12, 24, 36, -1]."
     )
     convention: Literal["before", "after"] = Field(

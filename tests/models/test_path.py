@@ -47,9 +47,7 @@ def test_places_that_are_not_there_are_refused(keep, convention, said):
 
 
 def inputs(generator: Generator, shape: tuple[int, int, int], count: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    noise = np.stack(
-        [standard_normal(noise_key(0, str(at), 0), generator.latent_shape(*shape)) for at in range(count)]
-    )
+    noise = np.stack([standard_normal(noise_key(0, str(at), 0), generator.latent_shape(*shape)) for at in range(count)])
     wanted = generator.family is not None and generator.family.inputs
     images = [np.full((*shape[:2], 3), 90, np.uint8)] * count if wanted else []
     return generator.encode(["a cat", "two dogs"][:count], [""] * count, images, PLAN), noise

@@ -342,7 +342,8 @@ def generate_from(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 
 def make_generated(root: Path, spec: dict[str, Any]) -> Path:
     """Run the stages of a spec one after the other."""
-    from infra.commit import Part
+    from infra.control import sweep
+    from pipelines.commits import Commits
     from pipelines.enumeration import Batches
     from pipelines.recipes import RECIPES
     from pipelines.resolve import resolve_spec
@@ -356,9 +357,7 @@ def make_generated(root: Path, spec: dict[str, Any]) -> Path:
     ids = json.dumps({"generator_ids": run.generator_ids, "plan_id": run.plan.plan_id})
     known = {"plan_file": enumeration.plan_file, "planned": len(enumeration), "extra_json": ids}
     commit_run_row(run, "started", status="running", **known)
-    committers = {
-        name: Committer(Table(run.storage, name), run.run_id) for name in ("embeddings", "samples", "failures")
-    }
+    commits = Commits(run.storage, run.run_id, 0.0, "text_embeddings" in run.spec.output.tensors)
     todo = Batches(enumeration, lambda ids: np.zeros(len(ids), bool), run.spec.layout.batch_size, {}, run.spec.seed)
     recipe = RECIPES[run.spec.recipe]
     for number, batch in enumerate(todo):
@@ -366,11 +365,11 @@ def make_generated(root: Path, spec: dict[str, Any]) -> Path:
         for stage in (*recipe.generating(run), *recipe.judging(run)):
             stage.load()
             batch, _ = run_stage(stage, batch)
-        for part in json.loads(batch["result"][0])["parts"]:
-            committers[part["table"]].commit([Part(part["path"], part["nbytes"], part["rows"])])
+        commits.add(json.loads(batch["result"][0])["parts"])
+        commits.commit(force=True)
     ended = {"allocated_accelerator_seconds": 1.0, "planned_through": len(enumeration)}
     commit_run_row(run, "ended", status="exhausted", **known, **ended)
-    run.storage.delete(f"control/{run.run_id}.json")
+    sweep(run.storage, run.run_id)
     return root
 
 
