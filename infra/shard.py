@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 BLOCK = tarfile.BLOCKSIZE
-MEMBER = re.compile(r"[a-z0-9_-]+\.((trajectory|noise)\.safetensors|[a-z0-9]+)")
+MEMBER = re.compile(r"[a-z0-9_-]+\.(((trajectory|noise)\.)?safetensors(\.zst)?|[a-z0-9]+)")
 """A key and a suffix. Loaders take what comes after the first dot as the kind of a member."""
 LONGEST_NAME = 100  # of the USTAR name field
 
@@ -44,6 +44,10 @@ class SupportsWrite(Protocol):
 
     def write(self, data: bytes, /) -> object: ...
 
+
+ZSTD = b"\x28\xb5\x2f\xfd"
+"""How a zstd frame begins; as the length of a safetensors header it would be 4 GB."""
+ZSTD_LEVEL = 3
 
 SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -139,8 +143,31 @@ def read_safetensors(data: bytes, name: str) -> np.ndarray:
         ) from error
 
 
+def compressed(data: bytes) -> bytes:
+    """`data` as one zstd frame. Readers here take it in the place of the file itself."""
+    import pyarrow as pa
+
+    return bytes(pa.Codec("zstd", compression_level=ZSTD_LEVEL).compress(data, asbytes=True))
+
+
+def _plain(data: bytes) -> bytes:
+    if not data.startswith(ZSTD):
+        return data
+    import pyarrow as pa
+
+    with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
+        return bytes(stream.read())
+
+
 def read_arrays(data: bytes) -> dict[str, np.ndarray]:
-    """All arrays of a safetensors file as `safetensors_of` writes them: float32, or int64. ValueError where it is none."""
+    """All arrays of a safetensors file as `safetensors_of` writes them, compressed or not: float32, or int64.
+
+    ValueError where it is no such file.
+    """
+    try:
+        data = _plain(data)
+    except OSError as error:
+        raise ValueError(f"expected a zstd frame: {error}") from error
     length = int.from_bytes(data[:8], "little")
     try:
         header = json.loads(data[8 : 8 + length])
@@ -152,6 +179,7 @@ def read_arrays(data: bytes) -> dict[str, np.ndarray]:
 
 def read_metadata(data: bytes) -> dict[str, str]:
     """What the header of a safetensors file says beside its arrays."""
+    data = _plain(data)
     length = int.from_bytes(data[:8], "little")
     return dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
 

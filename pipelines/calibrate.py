@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from infra.storage import Storage
 from models.endpoint_client import EndpointRef
@@ -41,6 +42,8 @@ class Calibration:
     load_seconds: float
     nfe: int
     nbytes: float
+    kinds: dict[str, float]
+    """Of these bytes, what media take of a sample, and embeddings of each distinct text."""
 
 
 def calibrate(run: Resolved) -> Calibration | None:
@@ -57,6 +60,7 @@ def calibrate(run: Resolved) -> Calibration | None:
     seconds: dict[str, float] = {}
     load = 0.0
     nfe = 0
+    kinds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="ditmill-calibrate-") as folder:
         recipe = RECIPES[run.spec.recipe]
         # By one process, whatever the layout: what it takes is about what the ranks of a group take together.
@@ -69,6 +73,8 @@ def calibrate(run: Resolved) -> Calibration | None:
             load += time.perf_counter() - began
             if stage.name == "sample":
                 run_stage(stage, batch)  # the first call is slow everywhere
+            if stage.name == "write" and "text" in batch:
+                kinds["text"] = float(np.mean([len(data) for data in batch["text"]]))
             began = time.perf_counter()
             batch, _ = run_stage(stage, batch)
             seconds[stage.name] = time.perf_counter() - began
@@ -77,9 +83,22 @@ def calibrate(run: Resolved) -> Calibration | None:
                 seconds["sample"] *= scale
                 nfe = round(int(np.max(batch.get("nfe", np.zeros(1)))) * scale)
         result = json.loads(batch["result"][0])
+        kinds["media"] = _media_bytes(trial.storage, result)
     count = result["accepted"] + result["rejected"]
     nbytes = (result["media_nbytes"] + sum(part["nbytes"] for part in result["parts"])) / max(1, count)
-    return Calibration(len(rows), seconds, load, nfe, nbytes)
+    return Calibration(len(rows), seconds, load, nfe, nbytes, kinds)
+
+
+def _media_bytes(storage: Storage, result: dict[str, Any]) -> float:
+    """Mean over the accepted samples."""
+    sizes = [
+        sum(item["nbytes"] for item in row["media"])
+        for part in result["parts"]
+        if part["table"] == "samples"
+        for row in pq.read_table(storage.path(part["path"]), columns=["verdict", "media"]).to_pylist()
+        if row["verdict"] == "accepted"
+    ]
+    return float(np.mean(sizes)) if sizes else 0.0
 
 
 def _is_elsewhere(stage: Stage) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 
 from infra.ray_session import Cluster
 from infra.storage import reaching
+from models.generator import load_generator
 from models.licences import Licence
 from models.source import is_here
 from pipelines import calibrate as calibration
@@ -22,9 +24,10 @@ from pipelines.dedup import RecordReport
 from pipelines.differences import Difference, difference
 from pipelines.placement import Group
 from pipelines.records import unique_records
-from pipelines.resolve import resolve_spec, sampler_plan
+from pipelines.resolve import Resolved, resolve_spec, sampler_plan
 from pipelines.run import check_dataset, sample_groups
-from pipelines.spec import Spec, absolute_paths
+from pipelines.sizes import in_words, known_shape, planned_bytes
+from pipelines.spec import Bucket, Spec, absolute_paths
 from pipelines.thresholds import find_thresholds, told
 from pipelines.unknown_words import CHUNK, unknown_lines
 
@@ -59,6 +62,8 @@ class PlanReport:
     warnings: tuple[str, ...] = ()
     thresholds: tuple[str, ...] = ()
     """Of those that are found from data, what was found."""
+    nbytes: Mapping[str, float] = field(default_factory=dict)
+    """Of the new samples by kind, if all are accepted; empty where it is not known."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -84,6 +89,7 @@ class PlanReport:
             "missing_models": list(self.missing),
             "warnings": list(self.warnings),
             "thresholds": list(self.thresholds),
+            "bytes": dict(self.nbytes),
             "estimate": None if self.estimate is None else asdict(self.estimate),
         }
 
@@ -101,21 +107,31 @@ def make_plan(spec: Spec, calibrate: bool = True) -> PlanReport:
         if spec.target.samples is not None:
             planned = min(planned, spec.target.samples)
         sampler_plan(spec)
-        return PlanReport(spec, records, planned, None, (), _stated(spec, missing), missing, None)
+        nbytes = planned_bytes(spec, planned, partial(known_shape, spec))
+        return PlanReport(spec, records, planned, None, (), _stated(spec, missing), missing, None, nbytes=nbytes)
     run = resolve_spec(spec)
     with reaching(run.storage.root):
         check_dataset(run)
         run = find_thresholds(run)
         found = difference(run, records)
     groups = sample_groups(run, local_cluster(spec))
-    estimate = None
-    if calibrate and found.new:
-        measured = calibration.calibrate(run)
-        estimate = None if measured is None else _estimate(found.new, run.spec.layout.batch_size, groups, measured)
+    estimate, nbytes = None, {}
+    if calibrate and found.new and (measured := calibration.calibrate(run)) is not None:
+        estimate = _estimate(found.new, run.spec.layout.batch_size, groups, measured)
+        nbytes = planned_bytes(run.spec, found.new, partial(_shape, run), measured.kinds)
     warnings = tuple(unknown_lines(run, _first_prompts(spec)))
+    said = tuple(told(run))
     return PlanReport(
-        spec, records, found.planned, found, groups, dict(run.licences), (), estimate, warnings, tuple(told(run))
+        spec, records, found.planned, found, groups, dict(run.licences), (), estimate, warnings, said, nbytes
     )
+
+
+def _shape(run: Resolved, bucket: Bucket) -> tuple[int, ...] | None:
+    """Of the first generator's latents, which is loaded; None where it is not known."""
+    generator = load_generator(run.generators[0])
+    if generator.family is None or run.spec.recipe == "prompts":
+        return None
+    return generator.latent_shape(bucket.height, bucket.width, bucket.num_frames)
 
 
 def _first_prompts(spec: Spec) -> Iterator[pa.Array]:
@@ -164,6 +180,8 @@ def render(plan: PlanReport, name: str) -> str:
         )
         each = ", ".join(f"{stage} {seconds:.3g}" for stage, seconds in found.stage_seconds.items())
         lines.append(f"    seconds a sample: {each}")
+    if plan.nbytes:
+        lines.append(f"  {in_words(plan.nbytes)}")
     for model, licence in plan.licences.items():
         lines.append(
             f"  licence of {model}: {licence.name}; may outputs train others? {licence.may_train} ({licence.why})"

@@ -36,8 +36,8 @@ Row = dict[str, Any]
 class Regenerated:
     """How a sample came out the second time.
 
-    `media` and `latents` are `same` (bit for bit), `different`, or `not stored`. Where they differ, `psnr` is that of the
-    decoded media in dB (8-bit), `latents_difference` the largest absolute one.
+    `media`, `latents`, `trajectory` and `text` are `same` (bit for bit), `different`, or `not stored`. Where they differ,
+    `psnr` is that of the decoded media in dB (8-bit), `latents_difference` the largest absolute one.
     """
 
     sample_id: str
@@ -48,10 +48,12 @@ class Regenerated:
     device: str
     stored_device: str
     seconds: float
+    trajectory: str = "not stored"
+    text: str = "not stored"
 
     @property
     def is_same(self) -> bool:
-        return "different" not in (self.media, self.latents)
+        return "different" not in (self.media, self.latents, self.trajectory, self.text)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,6 +65,8 @@ class Regenerated:
         where = (
             self.device if self.device == self.stored_device else f"{self.device}, first made on {self.stored_device}"
         )
+        more = {"trajectory": self.trajectory, "text": self.text}
+        latents += "".join(f"; {name} {said}" for name, said in more.items() if said != "not stored")
         return f"{self.sample_id}: media {media}; latents {latents}; {self.seconds:.1f} s on {where}"
 
 
@@ -81,9 +85,20 @@ def regenerate(storage: Storage, sample_id: str) -> Regenerated:
     if batch["error_type"][0]:
         raise UserError(f"{sample_id}: failed this time with {batch['error_type'][0]}: {batch['error'][0]}")
     seconds = time.perf_counter() - began
-    media, psnr = _compare_media(storage, row, batch["frames"][0])
-    latents, difference = _compare_latents(storage, row, batch["latents"][0] if "latents" in batch else None)
-    return Regenerated(sample_id, media, psnr, latents, difference, _device(), row["device"] or "", round(seconds, 2))
+    media, psnr = _compare_media(storage, row, batch["frames"][0]) if "frames" in batch else ("not stored", None)
+    latents, difference = _compare_tensor(storage, row, "latents", batch)
+    return Regenerated(
+        sample_id,
+        media,
+        psnr,
+        latents,
+        difference,
+        _device(),
+        row["device"] or "",
+        round(seconds, 2),
+        _compare_tensor(storage, row, "trajectory", batch)[0],
+        _compare_text(storage, row, batch),
+    )
 
 
 def _row(storage: Storage, sample_id: str) -> Row:
@@ -173,7 +188,13 @@ def _make(row: Row, generator: GeneratorRef) -> Batch:
         batch[name] = np.array([row[name]], np.int64)
     for name in ("error_type", "error", "error_stage", "licence"):
         batch[name] = texts([""])
-    for stage in (EncodeText(*settings), SampleLatents(*settings), DecodeLatents(*settings)):
+    said = json.loads(row["extra_json"] or "{}")
+    states = (said.get("trajectory") or {}).get("places", ()) if row["recipe"] == "trajectory" else ()
+    encode = EncodeText(*settings, keep_text="float32" if "text_id" in said else "")
+    rest = (
+        (SampleLatents(*settings, keep=tuple(states)), DecodeLatents(*settings)) if row["recipe"] != "prompts" else ()
+    )
+    for stage in (encode, *rest):
         stage.load()
         batch = stage(batch)
         if batch["error_type"][0]:
@@ -218,22 +239,43 @@ def _psnr(before: np.ndarray, now: np.ndarray) -> float | None:
     return None if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def _compare_latents(storage: Storage, row: Row, latents: np.ndarray | None) -> tuple[str, float | None]:
+def _compare_tensor(storage: Storage, row: Row, role: str, batch: Batch) -> tuple[str, float | None]:
     from infra.shard import read_safetensors, safetensors_bytes
 
-    item = next((item for item in row["tensors"] or () if item["role"] == "latents"), None)
-    if item is None or latents is None:
+    item = next((item for item in row["tensors"] or () if item["role"] == role), None)
+    if item is None or role not in batch:
         return "not stored", None
     try:
         data = storage.read_bytes(item["shard"], item["offset"], item["offset"] + item["nbytes"])
-        stored = read_safetensors(data, "latents")
+        stored = read_safetensors(data, role)
     except (OSError, ValueError) as error:
         raise UserError(f"{item['shard']} {item['member']}: what is stored cannot be read ({error})") from error
-    made = read_safetensors(safetensors_bytes("latents", latents, item["dtype"], {}), "latents")
+    made = read_safetensors(safetensors_bytes(role, batch[role][0], item["dtype"], {}), role)
     if made.shape != stored.shape:
         return "different", None
     difference = float(np.abs(made - stored).max())
     return ("same", None) if np.array_equal(made, stored) else ("different", difference)
+
+
+def _compare_text(storage: Storage, row: Row, batch: Batch) -> str:
+    """Whether its texts have the ids that they had, which name the encoder's content, and the values."""
+    from infra.shard import read_arrays, safetensors_of
+
+    said, compared = json.loads(row["extra_json"] or "{}"), "not stored"
+    for name in ("text", "negative_text"):
+        text_id = said.get(f"{name}_id")
+        rows = Table(storage, "embeddings").read(["tensors"], pc.field("text_id") == text_id) if text_id else None
+        if rows is None or not rows.num_rows:
+            continue
+        item = rows["tensors"][0].as_py()[0]
+        stored = read_arrays(storage.read_bytes(item["shard"], item["offset"], item["offset"] + item["nbytes"]))
+        if batch[f"{name}_id"][0] != text_id:
+            return "different"
+        made = read_arrays(safetensors_of(read_arrays(batch[name][0]), item["dtype"], {}))
+        if set(made) != set(stored) or any(not np.array_equal(made[key], stored[key]) for key in made):
+            return "different"
+        compared = "same"
+    return compared
 
 
 def _device() -> str:

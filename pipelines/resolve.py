@@ -144,6 +144,7 @@ class Resolved:
             tensors={str(role): str(dtype) for role, dtype in output.tensors.items()},
             trajectory=self.kept_states,
             with_media=self.spec.recipe != "prompts",
+            compression=output.compression,
         )
 
     @property

@@ -359,4 +359,9 @@ class Output(Section):
         description="Tensors that are kept, with their dtype: latents and noise of accepted samples, text_embeddings once for"
         " each distinct text. Left out, what the recipe is for (see docs/distillation.md).",
     )
+    compression: Literal["none", "zstd"] = Field(
+        "none",
+        description="Of tensors. zstd takes 5% off float16 latents, 8% off float32, 18% off bfloat16 (the pack's), and other"
+        " tools then have to decompress a member before they read it as safetensors.",
+    )
     storage: Storage = Field(Storage(), description="Object storage.")

@@ -13,7 +13,7 @@ from infra.storage import Storage
 from infra.tables import Table
 from models.text import EMBEDS
 from stages.batch import Batch, size
-from stages.tensors import Member, Row, reference
+from stages.tensors import Compression, Member, Row, member_of, reference
 
 LOOK_SECONDS = 30.0
 """Between two looks at what others have committed."""
@@ -29,7 +29,7 @@ class Texts:
     members: list[Member]
 
 
-def texts_of(batch: Batch, storage: Storage, run_id: str, now: datetime, dtype: str) -> Texts:
+def texts_of(batch: Batch, storage: Storage, run_id: str, now: datetime, dtype: str, compression: Compression) -> Texts:
     """Texts of the samples of a batch that have not failed.
 
     Only what is committed counts as known: what this process has written may never come to be.
@@ -45,12 +45,17 @@ def texts_of(batch: Batch, storage: Storage, run_id: str, now: datetime, dtype: 
     rows, members = [], []
     for text_id in new:
         text, data, negative = found[text_id]
-        rows.append(_row(text_id, text, data, negative, dtype) | {"run_id": run_id, "created_at": now})
-        members.append((f"{text_id}.safetensors", data))
+        member = member_of(text_id, data, compression)
+        row = _row(text_id, text, data, negative) | {"run_id": run_id, "created_at": now}
+        row["tensors"] = [
+            reference("text_embeddings", member, dtype, (row["tokens"], row.pop("width")), "tokens width")
+        ]
+        rows.append(row)
+        members.append(member)
     return Texts(rows, members)
 
 
-def _row(text_id: str, text: str, data: bytes, negative: bool, dtype: str) -> Row:
+def _row(text_id: str, text: str, data: bytes, negative: bool) -> Row:
     encoding = json.loads(read_metadata(data)["encoding"])
     embeds = read_arrays(data)[EMBEDS]
     return {
@@ -61,7 +66,7 @@ def _row(text_id: str, text: str, data: bytes, negative: bool, dtype: str) -> Ro
         "family": encoding["family"],
         "max_sequence_length": encoding["max_sequence_length"],
         "tokens": len(embeds),
-        "tensors": [reference("text_embeddings", f"{text_id}.safetensors", data, dtype, embeds.shape, "tokens width")],
+        "width": embeds.shape[1],
         "extra_json": json.dumps({"dtype": encoding["dtype"]}),
     }
 

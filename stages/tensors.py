@@ -6,18 +6,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from infra.errors import UserError
-from infra.shard import safetensors_bytes
+from infra.shard import compressed, safetensors_bytes
 from models.noise import standard_normal
 from models.path import Convention
 from stages.batch import SampleError
 
 Row = dict[str, Any]
 Member = tuple[str, bytes]
+Compression = Literal["none", "zstd"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,11 @@ class KeptStates:
 
 
 def sample_tensors(
-    row: Mapping[str, Any], values: Mapping[str, np.ndarray], dtypes: Mapping[str, str], said: Mapping[str, Any] | None
+    row: Mapping[str, Any],
+    values: Mapping[str, np.ndarray],
+    dtypes: Mapping[str, str],
+    said: Mapping[str, Any] | None,
+    compression: Compression = "none",
 ) -> Iterator[tuple[Row, Member]]:
     """References, without shard and place, and members, of those roles of a sample that `dtypes` names: latents, noise,
     trajectory.
@@ -68,15 +73,21 @@ def sample_tensors(
             data = safetensors_bytes(role, array, dtypes[role], metadata)
         except ValueError as error:
             raise SampleError("bad_latents", str(error)) from error
-        member = f"{row['sample_id']}{suffix}.safetensors"
-        yield reference(role, member, data, dtypes[role], array.shape, axes), (member, data)
+        member = member_of(f"{row['sample_id']}{suffix}", data, compression)
+        yield reference(role, member, dtypes[role], array.shape, axes), member
 
 
-def reference(role: str, member: str, data: bytes, dtype: str, shape: tuple[int, ...], layout: str) -> Row:
-    """A tensor as a row refers to it, without shard and place."""
+def member_of(stem: str, data: bytes, compression: Compression) -> Member:
+    """A safetensors file as a member of a shard."""
+    return (f"{stem}.safetensors", data) if compression == "none" else (f"{stem}.safetensors.zst", compressed(data))
+
+
+def reference(role: str, member: Member, dtype: str, shape: tuple[int, ...], layout: str) -> Row:
+    """A tensor as a row refers to it, without shard and place. The sha256 is that of the member, compressed or not."""
+    name, data = member
     return {
         "role": role,
-        "member": member,
+        "member": name,
         "dtype": dtype,
         "shape": list(shape),
         "layout": layout,

@@ -24,7 +24,7 @@ from infra.shard import Place, build_tar
 from infra.storage import Storage
 from stages.batch import Batch, SampleError, jsons, size
 from stages.embeddings import Texts, texts_of
-from stages.tensors import KeptStates, no_latents, sample_tensors
+from stages.tensors import Compression, KeptStates, no_latents, sample_tensors
 from stages.writable import check_writable, is_plain, valid
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class WriteShards:
     tensors: dict[str, str] = field(default_factory=dict)
     trajectory: KeptStates | None = None
     with_media: bool = True
+    compression: Compression = "none"
 
     name: ClassVar[str] = "write"
     reads: ClassVar[tuple[str, ...]] = ("sample_id", "frames", "latents", "verdict")
@@ -124,7 +125,8 @@ class _Written:
         self.failures: list[Row] = []
         self._doubtful = not is_plain(batch)
         dtype = stage.tensors.get("text_embeddings", "")
-        self.texts = texts_of(batch, stage.storage, stage.run_id, now, dtype) if dtype else Texts([], [])
+        settings = (stage.storage, stage.run_id, now, dtype, stage.compression)
+        self.texts = texts_of(batch, *settings) if dtype else Texts([], [])
         self._parsed: dict[str, Any] = {}
         self._values = {name: column.tolist() for name, column in batch.items() if column.ndim == 1}
 
@@ -225,7 +227,7 @@ class _Written:
             known = [name for name in ("latents", "trajectory") if name in self.batch]
             values: dict[str, np.ndarray] = {name: self.batch[name][at] for name in known}
             said = json.loads(row["extra_json"]).get("trajectory")
-            for reference, member in sample_tensors(row, values, dtypes, said):
+            for reference, member in sample_tensors(row, values, dtypes, said, self.stage.compression):
                 row["tensors"].append(reference)
                 members.append(member)
         if accepted and members:

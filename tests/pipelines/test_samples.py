@@ -25,6 +25,7 @@ from models.noise import standard_normal
 from models.path import Path as States
 from models.plan import SamplerPlan
 from models.text import padded_text
+from pipelines.regenerate import regenerate
 from pipelines.release import release
 from pipelines.resolve import resolve_spec
 from pipelines.run import check_dataset
@@ -42,7 +43,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "trajectory": {"keep": [0, 1, -2, -1], "dtype": "float32"},
         "output": {**KEPT, "tensors": {"text_embeddings": "float32"}},
     },
-    "prompts": {"recipe": "prompts", "output": {**KEPT}},
+    "prompts": {"recipe": "prompts", "output": {**KEPT, "compression": "zstd"}},
 }
 
 
@@ -116,12 +117,16 @@ def test_reflow_keeps_the_noise_as_its_key(dataset_of, tiny_pack):
 
 def test_noise_is_a_tensor_where_it_is_asked_for(generate_from):
     tensors = {"latents": "bfloat16", "noise": "float32"}
-    storage = Storage(str(generate_from(**OPEN, recipe="reflow", output={**KEPT, "tensors": tensors})))
+    output = {**KEPT, "tensors": tensors, "compression": "zstd"}
+    storage = Storage(str(generate_from(**OPEN, recipe="reflow", output=output)))
     release(storage, "r1", pack_bytes=1 << 20)
     for sample in read_samples(storage, "r1"):
         members = {item["role"]: item["member"] for item in sample.row["tensors"]}
         sample_id = sample.row["sample_id"]
-        assert members == {"latents": f"{sample_id}.safetensors", "noise": f"{sample_id}.noise.safetensors"}
+        assert members == {
+            "latents": f"{sample_id}.safetensors.zst",
+            "noise": f"{sample_id}.noise.safetensors.zst",
+        }
         np.testing.assert_array_equal(sample._array("noise"), sample.noise())
         with pytest.raises(UserError, match="text_embeddings are not stored"):
             sample.text()
@@ -189,6 +194,15 @@ def test_prompts_are_rows_without_media(dataset_of):
             sample.media()
         with pytest.raises(UserError, match="has no latents"):
             sample.noise()
+
+
+@pytest.mark.parametrize("recipe", SECTIONS)
+def test_a_sample_is_made_again_with_its_states_and_texts(recipe, dataset_of):
+    storage = dataset_of(recipe)
+    again = regenerate(storage, rows(storage, "samples")[0]["sample_id"])
+    kept = {"reflow": ("same", "same", "not stored"), "trajectory": ("same", "not stored", "same")}
+    media, latents, trajectory = kept.get(recipe, ("not stored",) * 3)
+    assert (again.media, again.latents, again.trajectory, again.text) == (media, latents, trajectory, "same")
 
 
 def test_readers_share_a_release_and_leave_out_an_older_one(dataset_of):

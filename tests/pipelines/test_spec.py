@@ -84,7 +84,10 @@ def mistake(data: dict[str, Any], *overrides: str) -> str:
         ),
         ({"judge": {"backend": "call"}}, "judge: backend `call` needs call: 'module:function' and a version"),
         ({"judge": {"thresholds": {"a": "b"}}}, "judge.thresholds.a: expected a number, found 'b'"),
-        ({"output": {"tensors": {"foo": "float32"}}}, "output.tensors.foo: expected 'latents', 'noise' or 'text_embeddings', found 'foo'"),
+        (
+            {"output": {"tensors": {"foo": "float32"}}},
+            "output.tensors.foo: expected 'latents', 'noise' or 'text_embeddings', found 'foo'",
+        ),
         ({"name": "My data"}, "name: expected a text like ^[a-z0-9][a-z0-9_-]*$, found 'My data'"),
         ({"buckets": []}, "buckets: expected at least 1 of them, found an empty list"),
         ({"sampler": None}, "sampler: expected keys and values, found nothing (leave the key out instead)"),
