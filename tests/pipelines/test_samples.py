@@ -25,8 +25,10 @@ from models.noise import standard_normal
 from models.path import Path as States
 from models.plan import SamplerPlan
 from models.text import padded_text
+from pipelines.card import write_card
 from pipelines.regenerate import regenerate
 from pipelines.release import release
+from pipelines.report import build_report
 from pipelines.resolve import resolve_spec
 from pipelines.run import check_dataset
 from pipelines.samples import read_samples
@@ -333,3 +335,35 @@ def test_recipes_bring_their_own_tensors():
     assert tensors(recipe="reflow") == {"latents": "float16", "text_embeddings": "float16"}
     assert tensors(recipe="reflow", output={"tensors": {"latents": "float32"}}) == {"latents": "float32"}
     assert tensors(recipe="prompts", output={"uri": "x"}) == {"text_embeddings": "float16"}
+
+
+@pytest.mark.parametrize("recipe", ["trajectory", "prompts"])
+def test_report_and_card_of_a_dataset_with_tensors(recipe, dataset_of):
+    storage = dataset_of(recipe)
+    write_card(storage)
+    build_report(storage)
+    card = storage.read_bytes("README.md").decode()
+    assert recipe in card and ("media/*/*.tar" in card) == (recipe != "prompts")
+    assert storage.size("report/index.html") > 1000
+
+
+@pytest.mark.ray
+def test_a_trajectory_run_that_ended_early_goes_on_and_verifies(tmp_path, run):
+    root = tmp_path / "dataset"
+    kept = SECTIONS["trajectory"]
+    keys: dict[str, Any] = {
+        **kept,
+        **OPEN,
+        "sampler": {"num_inference_steps": STEPS},
+        "layout": {"batch_size": 2},
+        "output": {**kept["output"], "uri": str(root), "commit_every": 0.1},
+    }
+    prompts = {"inline": ["a red cat", "a blue dog", "a green cat", "a red dog"]}
+    for count in (2, 4):
+        outcome = run(run.spec(root, prompts, target={"samples": count}, **keys))
+        assert len(run.rows(root, "samples")) == count
+        run.check(root, outcome)
+    ids = [row["text_id"] for row in run.rows(root, "embeddings")]
+    assert len(ids) == len(set(ids)) == 5  # four prompts and the empty negative one
+    release(Storage(str(root)), "r1")
+    assert all(sample.trajectory().places == (0, 1, 3, 4) for sample in read_samples(Storage(str(root)), "r1"))
