@@ -26,7 +26,14 @@ SIZES = (
     (1_000_000, "100K<n<1M"),
     (10_000_000, "1M<n<10M"),
 )
-CONFIGS = ("samples", "prompts", "annotations")
+CONFIGS = ("samples", "prompts", "embeddings", "annotations")
+
+RECIPES = {
+    "reflow": "Each sample is a coupling: its final latent, and its noise, drawn again from `noise_key`.",
+    "trajectory": "Of each sample chosen states of the teacher's path are kept; `extra_json` says which.",
+    "prompts": "Rows are prompts with their text embeddings; nothing was sampled, and there are no media.",
+}
+"""What a reader has to know of datasets that are more, or less, than media."""
 
 COLUMNS = {
     "sample_id": "the sample's name: a hash of prompt, sample index, checkpoint and sampler plan",
@@ -59,14 +66,17 @@ def card(storage: Storage, snapshot: Snapshot, facts: Facts, license: str) -> st
     """The card's text."""
     from jinja2 import Environment, StrictUndefined
 
-    name = str(read_dataset_json(storage).get("name") or "dataset") if dataset_exists(storage) else "dataset"
+    said = read_dataset_json(storage) if dataset_exists(storage) else {}
+    name, recipe = str(said.get("name") or "dataset"), said.get("recipe", "synthetic")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # Markdown: see `plain`
     environment.filters |= {"number": number, "plain": plain, "code": code, "line": line}
     last = facts.runs[-1] if facts.runs else None
-    shapes = _shapes(snapshot)
+    shapes = [] if recipe == "prompts" else _shapes(snapshot)
     template = environment.from_string(resources.files("pipelines").joinpath("card.md").read_text(encoding="utf-8"))
     body = template.render(
         name=name,
+        recipe=RECIPES.get(recipe, ""),
+        with_media=recipe != "prompts",
         facts=facts,
         last=last,
         shapes=shapes,

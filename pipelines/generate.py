@@ -60,8 +60,7 @@ class Job:
     """What tells rows that count from others; None where all of the dataset's do."""
     name: str = ""
     """Of the dataset, for those who watch."""
-    with_texts: bool = False
-    """Whether embeddings of texts are kept."""
+    with_texts: bool = False  # embeddings of texts are kept
 
 
 @dataclass

@@ -24,8 +24,10 @@ from models.generator import GeneratorRef, load_generator
 from models.noise import standard_normal
 from models.path import Path as States
 from models.plan import SamplerPlan
+from models.source import resolve
 from models.text import padded_text
-from pipelines.card import write_card
+from pipelines.card import RECIPES, write_card
+from pipelines.plan import make_plan, render
 from pipelines.regenerate import regenerate
 from pipelines.release import release
 from pipelines.report import build_report
@@ -337,13 +339,35 @@ def test_recipes_bring_their_own_tensors():
     assert tensors(recipe="prompts", output={"uri": "x"}) == {"text_embeddings": "float16"}
 
 
+def test_a_plan_says_how_many_bytes_each_kind_takes(tmp_path):
+    sections = {**SECTIONS["trajectory"], "output": {**SECTIONS["trajectory"]["output"], "uri": str(tmp_path / "new")}}
+    base: dict[str, Any] = {
+        "prompts": {"inline": ["a red cat", "a blue dog"]},
+        "samples_per_prompt": 3,
+        "buckets": [{"height": 32, "width": 32, "num_frames": 5}],
+        "generators": [{"model": "pack://tiny"}],
+        "sampler": {"num_inference_steps": STEPS},
+        "layout": {"batch_size": 2},
+    }
+    plan = make_plan(parse_spec({**base, **OPEN, **sections}))
+    generator = load_generator(GeneratorRef(resolve("pack://tiny", "generator")))
+    values = int(np.prod(generator.latent_shape(32, 32, 5)))
+    assert set(plan.nbytes) == {"trajectory", "text", "media"} and plan.nbytes["media"] > 0
+    assert plan.nbytes["trajectory"] == 6 * 4 * values * 4
+    assert 0 < plan.nbytes["text"] < 2 * 64 * 32 * 4  # two prompts, unpadded
+    assert "bytes, if all are accepted" in render(plan, "x") and plan.as_dict()["bytes"] == plan.nbytes
+
+
 @pytest.mark.parametrize("recipe", ["trajectory", "prompts"])
 def test_report_and_card_of_a_dataset_with_tensors(recipe, dataset_of):
     storage = dataset_of(recipe)
     write_card(storage)
     build_report(storage)
     card = storage.read_bytes("README.md").decode()
-    assert recipe in card and ("media/*/*.tar" in card) == (recipe != "prompts")
+    assert RECIPES[recipe] in card and "embeddings/*.parquet" in card
+    assert ("media/*/*.tar" in card, "contact_sheet" in card) == (
+        (True, True) if recipe == "trajectory" else (False, False)
+    )
     assert storage.size("report/index.html") > 1000
 
 
