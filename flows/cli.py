@@ -14,6 +14,7 @@ from flows.arguments import nbytes, refusal_of, spec_of, stored_dataset, worker_
 from infra.errors import UserError
 from infra.printable import printable
 from infra.secrets import redact
+from pipelines.exporters import FORMATS
 
 if TYPE_CHECKING:
     from pipelines.spec import Spec
@@ -323,6 +324,39 @@ def release(
     with looking() as progress:
         made = make_release(stored_dataset(dataset), name, where, nbytes(pack), held_to, progress)
     print(json.dumps(made.as_dict(), indent=2) if as_json else printable(made))
+
+
+@app.command(
+    epilog="\n\n".join(["Formats:", *(f"{name}: {found.help}" for name, found in FORMATS.items())]),
+)
+def export(
+    dataset: Dataset,
+    name: Annotated[str, typer.Option("--release", help="The release to export.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="One of the formats below.")],
+    out: Annotated[
+        str | None, typer.Option(help="The folder; left out, out/export/<dataset>-<release>-<format>.")
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RELEASE",
+            help="Only what this earlier release does not have; added to --out where that holds its export.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a release in a trainer's own format. Killed or not, the same command goes on where it was."""
+    from flows.console import looking
+    from pipelines.export import export as write
+
+    worker_environment()
+    try:
+        with looking("exporting") as progress:
+            done = write(stored_dataset(dataset), name, to, out, since, progress)
+    except KeyboardInterrupt:
+        print("ditmill: interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(json.dumps(done.as_dict(), indent=2) if as_json else printable(done))
 
 
 @app.command()

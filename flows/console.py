@@ -132,13 +132,13 @@ class Console:
 
 
 @contextmanager
-def looking() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr for a command that looks at media in this process: told how many of how many; nothing elsewhere."""
+def looking(at: str = "looking at media") -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for a command that goes through samples in this process, told how many of how many; else nothing."""
     from rich.console import Console as Terminal
     from rich.progress import Progress as Bar
 
     with Bar(console=Terminal(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("looking at media", total=None)
+        task = bar.add_task(at, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

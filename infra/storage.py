@@ -84,6 +84,19 @@ def pauses(attempts: int) -> Iterator[float]:
         yield random.uniform(0, min(8.0, 0.1 * 2**attempt))
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A local file to write piece by piece that is there, or replaced, once the block ends. One writer at a time.
+
+    Its temporary name is always `<path>.tmp`: what a killed writer has left is written over by the next one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        yield file
+    temporary.replace(path)
+
+
 @dataclass(frozen=True)
 class Storage:
     """A dataset's root. Frozen and picklable: a worker opens its own connections, with credentials that it finds itself.
