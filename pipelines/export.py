@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -246,13 +246,14 @@ def _folder(out: str | None, dataset: str, release: str, to: str, since: str | N
         folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder while this process writes to it. Filesystems without locks leave that to the user."""
+    """The folder, made where it is not there, for this process alone. Filesystems without locks leave that to the user."""
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out, os.O_RDONLY)
     try:
         try:
@@ -266,3 +267,6 @@ def _alone(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        if new:
+            with suppress(OSError):  # nothing was written, so nothing is to be seen
+                out.rmdir()

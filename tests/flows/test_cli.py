@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.exporters import FORMATS
+
 REPO = Path(__file__).parents[2]
 DATA = REPO / "tests" / "data"
 
 COMMANDS = (
-    "make", "init", "plan", "run", "status", "stop", "report", "verify", "regenerate", "annotate", "release", "models",
-    "vacuum", "bench",
+    "make", "init", "plan", "run", "status", "stop", "report", "verify", "regenerate", "annotate", "release", "export",
+    "models", "vacuum", "bench",
 )  # fmt: skip
 
 
@@ -59,6 +61,12 @@ def test_each_command_has_help(command: str) -> None:
     done = ditmill(command, "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
+
+
+def test_export_help_names_every_format() -> None:
+    said = ditmill("export", "--help").stdout
+    for name in FORMATS:
+        assert f"{name}: " in said
 
 
 def test_init_writes_a_spec_that_plans(tmp_path: Path) -> None:
@@ -128,6 +136,8 @@ def test_init_writes_a_json_schema(tmp_path: Path) -> None:
         (["release", "V1", "r", "--near-duplicates", "40"], "near_duplicates.hash"),
         (["release", "V1", "r", "--against", "before"], "against needs near_duplicates"),
         (["release", "V1", "r", "--rules", "nowhere.yaml"], "--rules"),
+        (["export", "V1", "--release", "r", "--to", "nonsense"], "there are: fastvideo-t2v, "),
+        (["export", "V1", "--release", "r", "--to", "fastvideo-t2v"], "release 'r'"),
         (["regenerate", "V1", "0" * 32], "0" * 32),
         (["bench", "nothing"], "overhead"),
     ],

@@ -12,6 +12,7 @@ import pytest
 from infra.metrics import METRICS
 from infra.schema import FAILURES, SAMPLES
 from infra.storage import Storage
+from pipelines.exporters import FORMATS
 from pipelines.spec_docs import FILE, render
 from stages.rubric import built_in_rubrics, load_rubric
 
@@ -66,6 +67,11 @@ def test_spec_page_links_to_sections_that_exist() -> None:
     headings = {title.translate({ord(sign): None for sign in ".[]"}) for title in titles}
     linked = {part.partition(")")[0] for part in text.split("](#")[1:]}
     assert linked and linked <= headings
+
+
+def test_export_page_has_every_format() -> None:
+    section = _page("docs/export.md").split("\n## Formats\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `([\w-]+)`", section, re.MULTILINE)) == set(FORMATS)
 
 
 def test_every_error_type_that_a_stage_raises_is_documented() -> None:
