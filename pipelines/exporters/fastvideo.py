@@ -123,10 +123,10 @@ class FastVideo:
                 group.append(self._row(sample))
                 nbytes += _nbytes(group[-1])
                 if nbytes >= GROUP_NBYTES:
-                    writer.write_table(pa.Table.from_pylist(group, self._schema))
+                    writer.write_table(_table(group, self._schema))
                     group, nbytes = [], 0
             if group:
-                writer.write_table(pa.Table.from_pylist(group, self._schema))
+                writer.write_table(_table(group, self._schema))
         for folder in (path.parent.parent, self._target.out):
             for cache in (found for pattern in CACHES for found in folder.glob(pattern)):
                 cache.unlink()
@@ -255,11 +255,27 @@ def _tensor(name: str, value: np.ndarray, row: Mapping[str, Any]) -> Row:
             f"--to: {name} of {row['sample_id']} takes {data.nbytes:,} bytes as float32, and a Parquet value at most"
             f" {VALUE_NBYTES:,}; keep fewer states or make smaller samples"
         )
-    return {f"{name}_bytes": data.tobytes(), f"{name}_shape": list(data.shape), f"{name}_dtype": "float32"}
+    return {f"{name}_bytes": memoryview(data).cast("B"), f"{name}_shape": list(data.shape), f"{name}_dtype": "float32"}
 
 
 def _nbytes(row: Row) -> int:
-    return sum(len(value) for value in row.values() if isinstance(value, bytes))
+    return sum(value.nbytes for value in row.values() if isinstance(value, memoryview))
+
+
+def _table(rows: list[Row], schema: pa.Schema) -> pa.Table:
+    """The rows; the tensor of a single one is not copied, because a trajectory may be half a gigabyte."""
+    columns = []
+    for field in schema:
+        values = [row[field.name] for row in rows]
+        if field.type == pa.binary():
+            offsets = np.cumsum([0, *(value.nbytes for value in values)]).astype(np.int32)
+            data = values[0] if len(values) == 1 else b"".join(values)
+            columns.append(
+                pa.Array.from_buffers(field.type, len(rows), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+            )
+        else:
+            columns.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _said(fact: Any) -> str:
