@@ -255,7 +255,7 @@ def _tensor(name: str, value: np.ndarray, row: Mapping[str, Any]) -> Row:
             f"--to: {name} of {row['sample_id']} takes {data.nbytes:,} bytes as float32, and a Parquet value at most"
             f" {VALUE_NBYTES:,}; keep fewer states or make smaller samples"
         )
-    return {f"{name}_bytes": memoryview(data).cast("B"), f"{name}_shape": list(data.shape), f"{name}_dtype": "float32"}
+    return {f"{name}_bytes": data.data.cast("B"), f"{name}_shape": list(data.shape), f"{name}_dtype": "float32"}
 
 
 def _nbytes(row: Row) -> int:
