@@ -96,8 +96,8 @@ class FastVideo:
     """What the three have in common: text, provenance, and files of about FILE_NBYTES."""
 
     fields: ClassVar[pa.Schema]
-    shaped: ClassVar[bool] = True
-    """Whether rows hold what is stacked."""
+    tensors: ClassVar[tuple[str, ...]]
+    """Roles, one of which each sample must have kept; with none, samples may differ in shape."""
 
     def __init__(self, target: Target, state: State) -> None:
         self._target, self._state = target, state
@@ -105,10 +105,18 @@ class FastVideo:
         self._texts = [name for name in self._schema.names if not name.endswith("_bytes")]
 
     def check(self, sample: StoredSample) -> None:
-        if self.shaped:
-            shape = {name: sample.row[name] for name in ("height", "width", "num_frames")}
-            first = self._state.get("shape", shape)
-            self._same("shape", shape, " and ".join(f"{name} = {value}" for name, value in first.items()))
+        if not self.tensors:
+            return
+        kept = {item["role"] for item in sample.row["tensors"] or ()}
+        if kept.isdisjoint(self.tensors):
+            raise UserError(
+                f"--release: {self._target.release} has samples without {' or '.join(self.tensors)}, such as"
+                f" {sample.row['sample_id']} ({sample.row['verdict']}); make a release of those that keep them (of rejected"
+                " samples only output.keep_rejected is kept), or a dataset that does"
+            )
+        shape = {name: sample.row[name] for name in ("height", "width", "num_frames")}
+        first = self._state.get("shape", shape)
+        self._same("shape", shape, " and ".join(f"{name} = {value}" for name, value in first.items()))
 
     def chunk_samples(self, first: StoredSample) -> int:
         return samples_in(FILE_NBYTES, _nbytes(self._row(first)))
@@ -158,13 +166,14 @@ class TextOnly(FastVideo):
     """`pyarrow_schema_text_only`: a row a sample, so a prompt comes as often as the release has samples of it."""
 
     fields = TEXT_ONLY
-    shaped = False
+    tensors = ()
 
 
 class TextToVideo(FastVideo):
     """`pyarrow_schema_t2v`: [C, T, H, W] as the autoencoder's encoder would have given it; an image is one frame."""
 
     fields = TEXT_TO_VIDEO
+    tensors = ("latents", "trajectory")
 
     def _row(self, sample: StoredSample) -> Row:
         row = sample.row
@@ -187,6 +196,7 @@ class Trajectories(FastVideo):
     """`pyarrow_schema_ode_trajectory_text_only`: [1, steps, C, T, H, W] and the [steps] timesteps that led there."""
 
     fields = TRAJECTORY
+    tensors = ("trajectory",)
 
     def check(self, sample: StoredSample) -> None:
         super().check(sample)

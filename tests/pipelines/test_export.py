@@ -22,7 +22,7 @@ from pipelines.annotate import withdraw
 from pipelines.export import export
 from pipelines.exporters import FORMATS, Format, exporter_of, fastvideo, samples_in
 from pipelines.release import read_release, release
-from pipelines.samples import StoredSample, Trajectory
+from pipelines.samples import StoredSample, Trajectory, read_samples
 
 STEPS, LATENT = 5, (3, 2, 4, 4)
 TIMESTEPS = (999.0, 900.5, 750.25, 500.0, 214.875)
@@ -69,7 +69,11 @@ def stored_as(kind: type[StoredSample], **columns: Any) -> Samples:
 
     def read_samples(storage: Storage, name: str, *, since: str | None = None) -> Iterator[StoredSample]:
         known = {row["sample_id"] for row in ids(storage, since)} if since else set()
-        facts = {"num_inference_steps": STEPS, "plan_json": json.dumps({"latents": SCALING, "timesteps": TIMESTEPS})}
+        facts = {
+            "num_inference_steps": STEPS,
+            "plan_json": json.dumps({"latents": SCALING, "timesteps": TIMESTEPS}),
+            "tensors": [{"role": "trajectory"}],
+        }
         for row in ids(storage, name):
             if row["sample_id"] not in known:
                 yield kind(storage, row | facts | columns)
@@ -489,3 +493,51 @@ def test_an_addition_is_held_to_the_shape_of_what_is_there(
     with pytest.raises(UserError, match="shape 64x64x17 and 64x96x17"):
         export(shapes, "v2", "fastvideo-t2v", str(tmp_path / "out"), since="v1")
     assert files(tmp_path / "out") == before
+
+
+# ---- of a dataset that the stages made
+
+
+@pytest.fixture(scope="module")
+def paths(generate_from: Callable[..., Path]) -> Storage:
+    """All states of the accepted paths of three steps, and their texts."""
+    root = generate_from(
+        recipe="trajectory",
+        trajectory={"keep": "all", "dtype": "float32"},
+        sampler={"num_inference_steps": 3},
+        output={"keep_rejected": "latents"},
+    )
+    storage = Storage(str(root))
+    release(storage, "v1")
+    release(storage, "all", "verdict in ('accepted', 'rejected')")
+    return storage
+
+
+def test_a_generated_dataset_is_exported_bit_for_bit(paths: Storage, tmp_path: Path) -> None:
+    samples = {str(sample.row["sample_id"]): sample for sample in read_samples(paths, "v1")}
+    assert 0 < len(samples) < 6
+    for to in ("fastvideo-ode", "fastvideo-t2v", "fastvideo-text"):
+        assert export(paths, "v1", to, str(tmp_path / to)).samples == len(samples)
+        found = rows(tmp_path / to / "combined_parquet_dataset")
+        assert found.keys() == samples.keys()
+        for sample_id, sample in samples.items():
+            row, held = found[sample_id], tensors(found[sample_id])
+            assert np.array_equal(held["text_embedding"], sample.text()["prompt_embeds"])
+            plan = json.loads(sample.row["plan_json"])
+            if to == "fastvideo-ode":
+                assert np.array_equal(held["trajectory_latents"][0], sample.trajectory().states[1:])
+                assert np.array_equal(held["trajectory_latents"][0, -1], sample.latents())
+                assert held["trajectory_timesteps"].tolist() == np.array(plan["timesteps"], np.float32).tolist()
+            if to == "fastvideo-t2v":
+                std, mean = (
+                    np.array(plan["latents"][name], np.float32).reshape(-1, 1, 1, 1) for name in ("std", "mean")
+                )
+                np.testing.assert_allclose((held["vae_latent"] - mean) / std, sample.latents(), rtol=1e-5, atol=1e-5)
+                assert row["num_frames"] == sample.latents().shape[1] < sample.row["num_frames"]
+
+
+def test_samples_that_kept_less_are_refused_before_anything_is_written(paths: Storage, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"all has samples without trajectory, such as \w{32} \(rejected\)"):
+        export(paths, "all", "fastvideo-ode", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    assert export(paths, "all", "fastvideo-text", str(tmp_path / "out")).samples == 6
