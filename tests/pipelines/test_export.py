@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from flows.cli import app
 from infra.errors import UserError
 from infra.storage import Storage
 from pipelines import export as exports
@@ -193,6 +195,16 @@ def test_progress_says_what_is_written_of_how_many(shapes: Storage, tmp_path: Pa
     seen: list[tuple[int, int]] = []
     export(shapes, "v1", "fastvideo-text", str(tmp_path / "out"), progress=lambda *said: seen.append(said))
     assert seen == [(0, 7), (2, 7), (4, 7), (6, 7), (7, 7)]
+
+
+def test_the_command_says_what_was_written(shapes: Storage, tmp_path: Path) -> None:
+    command = ["export", shapes.root, "--release", "v1", "--to", "fastvideo-text", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0
+    assert done.stdout.startswith(f"{tmp_path}/out: fastvideo-text, 7 samples of v1; ")
+    said = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert (said["dataset"], said["samples"], said["since"]) == ("shapes", 7, None)
+    assert said["nbytes"] == sum(map(len, files(tmp_path / "out").values()))
 
 
 # ---- added to
