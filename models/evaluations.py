@@ -8,10 +8,10 @@ from typing import Any
 class Evaluations:
     """Counts the rows that go through the denoiser: the true cost, whatever the scheduler's order and the guidance."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, teacher: Any = None) -> None:
         self.rows = 0
         found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet"))
-        self._modules = [module for module in found if module is not None]
+        self._modules = [module for module in (*found, teacher) if module is not None]
 
     def __enter__(self) -> Evaluations:
         self._handles = [

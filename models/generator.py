@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from models.conditions import encode_texts, text_length
 from models.decoding import SCALING, decode, scaling_of
 from models.evaluations import Evaluations
 from models.families import GUIDANCE, Family, family_of
+from models.hand_off import handing_off, load_teacher
 from models.loading import GeneratorRef, Part, denoiser_of, load_pipeline, loaded_by_ranks, read_index
 from models.path import Path, check_scheduler
 from models.placement import device_of, dtype_of
@@ -54,6 +56,7 @@ class Generator:
         self._schedules: dict[tuple[str, Shape], dict[str, Any]] = {}
         self._whole_shapes: dict[Shape, tuple[int, ...] | None] = {}
         self._layout: Any = None
+        self._teacher: Any = None
 
     @property
     def batches(self) -> bool:
@@ -103,6 +106,8 @@ class Generator:
 
         `images` are first frames, uint8 [height, width, 3], where the family wants them; empty elsewhere.
         """
+        if self.ref.teacher is not None:  # it alone is guided
+            plan = replace(plan, guidance_scale=self.ref.teacher.guidance_scale)
         encode = partial(encode_texts, self._known, self._pipe("encode"), plan=plan)
         if plan.scenes is None:
             conditions = encode(prompts, negative_prompts)
@@ -193,6 +198,7 @@ class Generator:
             "shift": config.get("flow_shift", config.get("shift")),
             "flow": is_flow(scheduler),
             "guidance_scale": plan.guidance_scale,
+            **({} if self.ref.teacher is None else {"teacher": self.ref.teacher.facts()}),
             **self._schedules.get((plan.plan_id, (height, width, num_frames)), {}),
         }
         if self.family is None:
@@ -227,6 +233,8 @@ class Generator:
 
                 device = device_of(self.ref.device)
                 load_parts(pipe, folders, self.ref.parallel, device, dtype_of(self.ref.dtype, device))
+            if part == "sample" and self.ref.teacher is not None:
+                self._teacher = load_teacher(self.ref)
             self._schedulers[part] = getattr(self._pipes[part], "scheduler", None)
         return self._pipes[part]
 
@@ -290,7 +298,8 @@ class Generator:
             unpack = partial(family.unpack, pipe, shape=noise.shape[1:])
             arguments["callback_on_step_end"] = path.callback(latents, unpack)
         sampling = nullcontext() if self._layout is None else self._layout.sampling(pipe, arguments)
-        with torch.inference_mode(), sampling, Evaluations(pipe) as evaluations:
+        handing = handing_off(pipe, self._teacher, self.ref.teacher, arguments)
+        with torch.inference_mode(), Evaluations(pipe, self._teacher) as evaluations, sampling, handing:
             output = pipe(latents=latents, **arguments)
             latents = family.unpack(pipe, output[0], noise.shape[1:])
         self._remember(plan, shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,25 @@ _WITHOUT: dict[Part, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class TeacherRef:
+    """The base model that takes the first `steps` steps of a sample before its student, see `models.hand_off`.
+
+    `path` is a local folder; `model`, its name in the spec, and `sha256`, of its content, go into rows. At a
+    `guidance_scale` of at most 1 it is not guided.
+    """
+
+    path: str
+    model: str
+    sha256: str
+    steps: int
+    guidance_scale: float
+
+    def facts(self) -> dict[str, Any]:
+        """All but where it lies, for `plan_json`."""
+        return {name: value for name, value in asdict(self).items() if name != "path"}
+
+
+@dataclass(frozen=True)
 class GeneratorRef:
     """What to load and how. `path` is a local folder, see `models.source.resolve`; adapters are (path, weight)."""
 
@@ -41,6 +60,7 @@ class GeneratorRef:
     parallel: Degrees = field(default_factory=Degrees)
     """More than one rank: each is a process of one torch.distributed group, and all make the same calls."""
     attention: Attention = "native"
+    teacher: TeacherRef | None = None
 
 
 def read_index(path: str) -> dict[str, Any]:

@@ -69,11 +69,20 @@ def prompt_id(
     )
 
 
-def generator_id(model_sha256: str, adapters: Iterable[tuple[str, float]] = (), teacher_steps: int = 0) -> str:
-    """The id of a checkpoint with its adapters, (sha256, weight) in the order in which they are applied; 32 hex digits."""
-    return _hash(
-        GENERATOR_DOMAIN, model_sha256, [[sha256, float(weight)] for sha256, weight in adapters], int(teacher_steps)
-    )
+def generator_id(
+    model_sha256: str,
+    adapters: Iterable[tuple[str, float]] = (),
+    teacher_steps: int = 0,
+    teacher: tuple[str, float] | None = None,
+) -> str:
+    """The id of a checkpoint with its adapters, (sha256, weight) in the order in which they are applied; 32 hex digits.
+
+    `teacher` is the content hash and guidance_scale of the model that takes the first `teacher_steps` steps, if any does.
+    """
+    values: list[Any] = [model_sha256, [[sha256, float(weight)] for sha256, weight in adapters], int(teacher_steps)]
+    if teacher is not None:
+        values.append([teacher[0], float(teacher[1])])
+    return _hash(GENERATOR_DOMAIN, *values)
 
 
 def sample_id(prompt_id: str, sample_index: int, generator_id: str, plan_id: str) -> str:

@@ -206,6 +206,7 @@ def _models(spec: Spec) -> dict[tuple[str, str | None], None]:
     """(model, revision) of all models that a spec names."""
     named: list[tuple[str, str | None]] = [(generator.model, generator.revision) for generator in spec.generators]
     named += [(adapter.uri, None) for generator in spec.generators for adapter in generator.adapters]
+    named += [(each.teacher, None) for each in spec.generators if each.teacher is not None and each.teacher_steps]
     for section in (spec.judge, spec.judge.screen, spec.caption):
         if section is not None and section.backend == "transformers":
             named.append((section.model, section.revision))

@@ -46,6 +46,8 @@ def named_urls(spec: Spec) -> Iterator[tuple[str, str]]:
     """Key and value of all that a spec may name by a URL, but for the inputs of records."""
     for at, generator in enumerate(spec.generators):
         yield f"generators.{at}.model", generator.model
+        if generator.teacher is not None:
+            yield f"generators.{at}.teacher", generator.teacher
         for number, adapter in enumerate(generator.adapters):
             yield f"generators.{at}.adapters.{number}.uri", adapter.uri
     for name in [spec.judge.rubric] if isinstance(spec.judge.rubric, str) else spec.judge.rubric:

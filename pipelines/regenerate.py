@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from infra.errors import UserError
 from infra.storage import Storage
 from infra.tables import Table
-from models.loading import GeneratorRef
+from models.loading import GeneratorRef, TeacherRef
 from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
 from stages.batch import Batch, texts
@@ -125,6 +125,11 @@ def _generator(storage: Storage, row: Row) -> GeneratorRef:
         path = resolve(adapter["uri"], "adapter")
         _check_content(adapter["uri"], path, adapter["sha256"])
         adapters.append((path, adapter["weight"]))
+    teacher = json.loads(row["plan_json"] or "{}").get("teacher")
+    if teacher is not None:
+        path = resolve(teacher["model"], "generator", key="generators.teacher")
+        _check_content(teacher["model"], path, teacher["sha256"])
+        teacher = TeacherRef(path=path, **teacher)
     layout = json.loads(row["layout_json"] or "{}")
     return GeneratorRef(
         path=folder,
@@ -136,6 +141,7 @@ def _generator(storage: Storage, row: Row) -> GeneratorRef:
         attention=layout.get("attention", "native"),
         remote_code=settings.get("remote_code"),
         revision=settings.get("revision"),
+        teacher=teacher,
     )
 
 

@@ -33,6 +33,7 @@ from pipelines.kept import kept_states
 from pipelines.operating_point import OperatingPoint
 from pipelines.refusals import check_licences, check_oracle
 from pipelines.spec import Spec, absolute_paths
+from pipelines.teacher import teacher_of
 from pipelines.viewers import Viewer
 from stages.batch import Stage
 from stages.caption import CaptionMedia
@@ -269,10 +270,6 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
     generators, facts, ids = [], [], []
     licences: dict[str, Licence] = {}
     for at, generator in enumerate(spec.generators):
-        if generator.teacher_steps:
-            raise UserError(
-                f"generators.{at}.teacher_steps: not available in this version, found {generator.teacher_steps}; remove it"
-            )
         folder = resolve(generator.model, "generator", generator.revision)
         pipeline = read_index(folder)["_class_name"]
         check_layout(folder, family_of(pipeline), degrees, guided=plan.guidance_scale > 1, blocks=plan.blocks)
@@ -298,6 +295,9 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
             parallel=degrees,
             attention=spec.layout.attention,
         )
+        if (teacher := teacher_of(at, generator, ref, plan, spec.policy)) is not None:
+            ref = replace(ref, teacher=teacher)
+            licences.setdefault(teacher.model, licence_of(teacher.path, teacher.model))
         fact = GeneratorFacts(
             model=generator.model,
             model_sha256=sha256,
@@ -313,7 +313,8 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         weights = [(digest, adapter.weight) for (adapter, _), digest in zip(adapters, hashes, strict=True)]
         generators.append(ref)
         facts.append(fact)
-        ids.append(generator_id(sha256, weights))
+        handed = () if teacher is None else (teacher.steps, (teacher.sha256, teacher.guidance_scale))
+        ids.append(generator_id(sha256, weights, *handed))
         licences[generator.model] = licence_of(folder, generator.model, (generator.licence, generator.may_train))
     looking = {"judge": spec.judge, "judge.screen": spec.judge.screen, "caption": spec.caption}
     viewers = {name: _viewer(name, section, storage) for name, section in looking.items()}

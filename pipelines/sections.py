@@ -57,7 +57,18 @@ class Generator(Section):
     )
     adapters: tuple[Adapter, ...] = Field((), description="LoRA adapters, applied in order.")
     teacher_steps: int = Field(
-        0, ge=0, description="First steps taken by the base model before its student takes over."
+        0,
+        ge=0,
+        description="First steps taken by the base model before `model`, its student, takes over without guidance"
+        " (arXiv 2503.10637); Wan text-to-video.",
+    )
+    teacher: str | None = Field(
+        None, description="The base model, named as `model` is; left out, what the student's ditmill.json says."
+    )
+    teacher_guidance_scale: float | None = Field(
+        None,
+        ge=0,
+        description="guidance_scale of the base model's steps, 1 for none; left out, what ditmill.json says.",
     )
     licence: str | None = Field(None, description="SPDX id or name, where the checkpoint does not say.")
     may_train: Annotated[Literal["yes", "no", "unknown"] | None, BeforeValidator(_yes_no)] = Field(

@@ -172,6 +172,7 @@ def absolute_paths(spec: Spec, base: str | Path = ".") -> Spec:
     data = spec.model_dump()
     for generator in data["generators"]:
         generator["model"] = model(generator["model"])
+        generator["teacher"] = generator["teacher"] and model(generator["teacher"])
         for adapter in generator["adapters"]:
             adapter["uri"] = model(adapter["uri"])
     prompts = data["prompts"]

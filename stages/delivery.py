@@ -137,6 +137,8 @@ def paths_of(value: Any) -> list[str]:
 
     def note(ref: Ref) -> Ref:
         found.extend([ref.path, *(path for path, _ in getattr(ref, "adapters", ()))])
+        if isinstance(ref, GeneratorRef) and ref.teacher is not None:
+            found.append(ref.teacher.path)
         return ref
 
     _change(value, note)
@@ -150,6 +152,7 @@ def moved(value: Any, places: dict[str, str]) -> Any:
         paths: dict[str, Any] = {"path": places[ref.path]}
         if isinstance(ref, GeneratorRef):
             paths["adapters"] = tuple((places[path], weight) for path, weight in ref.adapters)
+            paths["teacher"] = ref.teacher and replace(ref.teacher, path=places[ref.teacher.path])
         return replace(ref, **paths)
 
     return _change(value, move)

@@ -104,6 +104,12 @@ def test_generator_id_depends_on_order_and_weight_of_adapters() -> None:
     assert len(set(ids)) == len(ids)
 
 
+def test_generator_id_depends_on_the_teacher_and_its_guidance() -> None:
+    teachers = (None, ("cd" * 32, 1.75), ("cd" * 32, 2.0), ("ef" * 32, 1.75))
+    assert len({generator_id("ab", (), 1, teacher) for teacher in teachers}) == 4
+    assert generator_id("ab" * 32, (), 1, ("cd" * 32, 2)) == "2c0a2f03a506c74aa64b09c3a2ee3009"
+
+
 @pytest.mark.parametrize("ids", [("a\nb", "c"), ("a", "b\nc")])
 def test_sample_ids_refuses_an_ambiguous_id(ids: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match="expected one line"):

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from infra.storage import Storage
 from infra.tables import Table
 from models.language import LanguageRef
-from models.loading import GeneratorRef
+from models.loading import GeneratorRef, TeacherRef
 from models.multimodal import MultimodalRef
 from models.plan import SamplerPlan
 from models.source import files_of
@@ -100,6 +100,9 @@ def test_models_are_found_in_stages_and_stages_of_stages() -> None:
 def test_models_move_and_names_of_models_stay() -> None:
     wan, ltx = moved(SampleLatents(REFS, PLAN, 2), PLACES).generators
     assert (wan.path, wan.adapters, ltx.path) == ("/w", (("/a", 0.5), ("/b", 1.0)), "/l")
+    taught = SampleLatents((replace(REFS[0], teacher=TeacherRef("/models/ltx", "/models/ltx", "", 1, 2.0)),), PLAN, 2)
+    assert paths_of(taught)[-1] == "/models/ltx"
+    assert moved(taught, PLACES).generators[0].teacher == TeacherRef("/l", "/models/ltx", "", 1, 2.0)
     # The label goes into rows: the model as the spec names it, which may be a path as well.
     caption = moved(CaptionMedia(MultimodalRef("/models/wan"), label="/models/wan"), PLACES)
     assert (caption.model.path, caption.label) == ("/w", "/models/wan")
