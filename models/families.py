@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from models.pack import pack_names
+
 if TYPE_CHECKING:
     import torch
 
@@ -286,6 +288,7 @@ def family_of(pipeline: str) -> Family | None:
 
 def table() -> list[dict[str, Any]]:
     """What can be loaded, one row a family, for `ditmill models`; the last row is every other pipeline."""
+    packs = [f"pack://{name}" for name in pack_names()]
     rows = [
         {
             "family": family.name,
@@ -295,8 +298,9 @@ def table() -> list[dict[str, Any]]:
             "trajectories": "yes",
             "parallel": list(family.layouts),
             "accelerators": [],
+            "packs": packs if family.pipeline == "WanPipeline" else [],
         }
         for family in FAMILIES
     ]
     other = {"family": "any other diffusers pipeline, run whole", "pipeline": "*", "media": "as it makes", "inputs": []}
-    return [*rows, {**other, "trajectories": "no", "parallel": [], "accelerators": []}]
+    return [*rows, {**other, "trajectories": "no", "parallel": [], "accelerators": [], "packs": []}]

@@ -1,18 +1,24 @@
 """Put the trained parts together, in float16: `folder`/shapes/{generator,judge,expander}, as far as they are there.
 
     python -m models.pack.train.assemble [--into models/pack/shapes] [--judge FOLDER] [--expander FOLDER]
+    python -m models.pack.train.assemble --student runs/student --into models/pack/shapes-4step
 
-A part that is not there leaves what was assembled before as it is.
+A part that is not there leaves what was assembled before as it is. Of a student only what differs from pack://shapes is kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from infra.errors import UserError
+from models.source import content_sha256, resolve
 
 FLOW_SHIFT = 3.0
 
@@ -37,7 +43,12 @@ def main() -> None:
     parser.add_argument("--into", type=Path, help="the pack's folder; left out, `folder`/shapes")
     parser.add_argument("--judge", type=Path, help="the judge's checkpoint; left out, `folder`/judge")
     parser.add_argument("--expander", type=Path, help="the expander's checkpoint; left out, `folder`/expander")
+    parser.add_argument("--student", type=Path, help="a student of pack://shapes, put into the folder --into")
     options = parser.parse_args()
+    if options.student:
+        into = options.into or options.folder / "shapes-4step"
+        _replace(into / "generator", lambda folder: differing(options.student, folder))
+        return
     assemble(
         options.folder,
         options.into or options.folder / "shapes",
@@ -78,6 +89,24 @@ def build_generator(parts: Path, folder: Path) -> None:
         part.register_to_config(_name_or_path="")  # a folder of this machine
     pipe.save_pretrained(folder, safe_serialization=True)
     (folder / "README.md").write_text(CARD)
+
+
+def differing(student: Path, folder: Path) -> None:
+    """Write a student's checkpoint without the components that pack://shapes has too. UserError where it is no student of it:
+    the two denoisers have one configuration, and all but the denoiser and the scheduler is the same."""
+    teacher = Path(resolve("pack://shapes", "generator"))
+    names = sorted(path.parent.name for path in teacher.glob("*/*.json"))
+    same = {name for name in names if content_sha256(str(student / name)) == content_sha256(str(teacher / name))}
+    others = set(names) - same - {"transformer", "scheduler"}
+    if others or _denoiser_config(student) != _denoiser_config(teacher):
+        what = ", ".join(sorted(others)) or "its transformer's configuration"
+        raise UserError(f"{student}: {what} is not that of pack://shapes; give a student of it")
+    shutil.copytree(student, folder, ignore=lambda at, _: same if Path(at) == student else set())
+
+
+def _denoiser_config(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _replace(folder: Path, write: Callable[[Path], object]) -> None:
