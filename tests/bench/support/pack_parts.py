@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -89,12 +89,30 @@ def make(
     ref: GeneratorRef, plan: SamplerPlan, asked: Asked, batch_size: int, seed: int, say: Progress
 ) -> tuple[np.ndarray, dict[str, float]]:
     """The frames, and the CPU-seconds of each stage for a sample."""
+    seconds: dict[str, list[float]] = {}
+    clips = [batch["frames"] for batch in batches(ref, plan, asked, batch_size, seed, say, seconds)]
+    return np.concatenate(clips), {name: mean_after_first(times) for name, times in seconds.items()}
+
+
+def mean_after_first(times: Sequence[float]) -> float:
+    """The first batch also pays for what happens once."""
+    return float(np.mean(times[1:] or times))
+
+
+def batches(
+    ref: GeneratorRef,
+    plan: SamplerPlan,
+    asked: Asked,
+    batch_size: int,
+    seed: int,
+    say: Progress,
+    seconds: dict[str, list[float]],
+) -> Iterator[Batch]:
+    """Batch after batch as the last stage leaves it; to `seconds`, of each stage, go its CPU-seconds for a sample."""
     settings = ((ref,), plan, batch_size, 1)
     stages = (EncodeText(*settings), SampleLatents(*settings), DecodeLatents(*settings))
     for stage in stages:
         stage.load()
-    clips: list[np.ndarray] = []
-    seconds: dict[str, list[float]] = {stage.name: [] for stage in stages}
     indices = asked.indices or (0,) * len(asked.prompts)
     for start in range(0, len(asked.prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -103,12 +121,10 @@ def make(
         for stage in stages:
             began = time.process_time()
             batch = stage(batch)
-            seconds[stage.name].append((time.process_time() - began) / batch_size)
-        clips.append(batch["frames"])
+            seconds.setdefault(stage.name, []).append((time.process_time() - began) / batch_size)
+        yield batch
         each = sum(times[-1] for times in seconds.values())
         say(f"generated {start + len(prompts)} of {len(asked.prompts)}, {each:.2f} CPU-seconds each")
-    # The first batch also pays for what happens once.
-    return np.concatenate(clips), {name: float(np.mean(times[1:] or times)) for name, times in seconds.items()}
 
 
 def _batch(prompts: list[str], indices: Sequence[int], num_frames: int, seed: int) -> Batch:
