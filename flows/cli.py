@@ -373,7 +373,7 @@ def models(as_json: AsJson = False) -> None:
 
     shown = Table(box=None, pad_edge=False)
     for column in rows[0]:
-        shown.add_column(str(column).replace("_", " "))
+        shown.add_column(str(column).replace("_", " "), overflow="fold")
     for row in rows:
         shown.add_row(*(", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in row.values()))
     Console(width=None if sys.stdout.isatty() else 160).print(shown)

@@ -58,7 +58,8 @@ def check_hand_off(student: str, teacher: TeacherRef) -> None:
         raise UserError(f"{teacher.model} and its student differ in expand_timesteps; name the model it was made from")
     for component, keys in _SAME_CONFIG.items():
         ours, theirs = (_config(folder, component) for folder in (student, teacher.path))
-        if differing := [key for key in keys if ours.get(key) != theirs.get(key)]:
+        shared = [key for key in keys if key in ours and key in theirs]  # older checkpoints leave defaults out
+        if differing := [key for key in shared if ours[key] != theirs[key]]:
             raise UserError(
                 f"{teacher.model} and its student differ in {', '.join(differing)} of the {component}, so their latents "
                 "are not the same; name the model it was made from"
@@ -91,16 +92,15 @@ def check_plan(plan: SamplerPlan, teacher: TeacherRef) -> None:
 
 
 def check_runs_whole(ref: GeneratorRef) -> None:
-    """Raise a UserError that names the key of a layout that the teacher would not be laid out by."""
+    """Raise a UserError that names the key of what the teacher would not be loaded or laid out by."""
     for key, is_plain in (
-        ("parallel", ref.parallel == Degrees()),
-        ("attention", ref.attention == "native"),
-        ("offload", ref.offload == "none"),
+        ("layout.parallel", ref.parallel == Degrees()),
+        ("layout.attention", ref.attention == "native"),
+        ("layout.offload", ref.offload == "none"),
+        ("generators.remote_code", ref.remote_code is None),
     ):
         if not is_plain:
-            raise UserError(
-                f"layout.{key}: not with generators.teacher_steps, whose two models run whole; leave it out"
-            )
+            raise UserError(f"{key}: not with generators.teacher_steps, whose two models run whole; leave it out")
 
 
 def load_teacher(ref: GeneratorRef) -> Any:

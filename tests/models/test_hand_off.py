@@ -167,6 +167,13 @@ def test_a_student_and_its_teacher_fit(student: str, teacher: str) -> None:
     check_runs_whole(GeneratorRef(student))
 
 
+def test_a_default_that_an_older_checkpoint_leaves_out_is_no_difference(copy: Path, teacher: str) -> None:
+    config = json.loads((copy / "vae" / "config.json").read_text())
+    (copy / "vae" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "scale_factor" not in k}))
+    assert "scale_factor_spatial" in config
+    check_hand_off(str(copy), ref_of(teacher))
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "words"),
     [
@@ -205,11 +212,12 @@ def test_a_plan_that_two_models_cannot_share_is_refused(changes: dict[str, Any],
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"parallel": Degrees(cfg=2)}, "parallel"),
-        ({"attention": "flash"}, "attention"),
-        ({"offload": "model"}, "offload"),
+        ({"parallel": Degrees(cfg=2)}, "layout.parallel"),
+        ({"attention": "flash"}, "layout.attention"),
+        ({"offload": "model"}, "layout.offload"),
+        ({"remote_code": "somebody/pipeline", "revision": "abc"}, "generators.remote_code"),
     ],
 )
 def test_a_layout_that_the_teacher_has_not_is_refused(changes: dict[str, Any], key: str, student: str) -> None:
-    with pytest.raises(UserError, match=rf"^layout\.{key}: "):
+    with pytest.raises(UserError, match=rf"^{key}: "):
         check_runs_whole(GeneratorRef(student, **changes))
