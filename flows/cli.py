@@ -376,7 +376,7 @@ def models(as_json: AsJson = False) -> None:
         shown.add_column(str(column).replace("_", " "), overflow="fold")
     for row in rows:
         shown.add_row(*(", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in row.values()))
-    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+    Console(width=None if sys.stdout.isatty() else 180).print(shown)
 
 
 @app.command()

@@ -20,7 +20,10 @@ from models.pack import PARTS, cache_dir, pack_part
 
 LOADED = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Suffixes of the files that loaders read: these are hashed, and these are fetched."""
-DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE")
+RECORD = "ditmill.json"
+"""In a student's folder: what it was made from."""
+DOCUMENTS = ("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE", RECORD)
+"""Fetched too, but no part of a model's content."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema|non_ema)[.-]|^consolidated")

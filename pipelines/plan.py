@@ -28,6 +28,7 @@ from pipelines.resolve import Resolved, resolve_spec, sampler_plan
 from pipelines.run import check_dataset, sample_groups
 from pipelines.sizes import in_words, known_shape, planned_bytes
 from pipelines.spec import Bucket, Spec, absolute_paths
+from pipelines.teacher import named_teacher
 from pipelines.thresholds import find_thresholds, told
 from pipelines.unknown_words import CHUNK, unknown_lines
 
@@ -206,7 +207,7 @@ def _models(spec: Spec) -> dict[tuple[str, str | None], None]:
     """(model, revision) of all models that a spec names."""
     named: list[tuple[str, str | None]] = [(generator.model, generator.revision) for generator in spec.generators]
     named += [(adapter.uri, None) for generator in spec.generators for adapter in generator.adapters]
-    named += [(each.teacher, None) for each in spec.generators if each.teacher is not None and each.teacher_steps]
+    named += [(name, None) for generator in spec.generators if (name := named_teacher(generator)) is not None]
     for section in (spec.judge, spec.judge.screen, spec.caption):
         if section is not None and section.backend == "transformers":
             named.append((section.model, section.revision))

@@ -10,12 +10,9 @@ from infra.errors import UserError
 from models.hand_off import check_hand_off, check_plan, check_runs_whole
 from models.loading import GeneratorRef, TeacherRef
 from models.plan import SamplerPlan
-from models.source import content_sha256, resolve
+from models.source import RECORD, content_sha256, is_here, resolve
 from pipelines.policy import Policy, refusal
 from pipelines.sections import Generator
-
-RECORD = "ditmill.json"
-"""In a student's folder: what it was made from."""
 
 
 def teacher_of(
@@ -48,6 +45,22 @@ def teacher_of(
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
     return teacher
+
+
+def named_teacher(generator: Generator) -> str | None:
+    """The teacher's name as far as it is known without fetching anything; None too where a generator has none."""
+    if not generator.teacher_steps:
+        return None
+    if generator.teacher is not None:
+        return generator.teacher
+    if not is_here(generator.model, generator.revision):
+        return None
+    try:
+        record = json.loads(Path(resolve(generator.model, "generator", generator.revision), RECORD).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    found = record.get("teacher") if isinstance(record, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _said(folder: str, name: str, said: Any, kind: type | tuple[type, ...], key: str, mend: str) -> Any:

@@ -141,11 +141,16 @@ def test_a_plan_counts_the_evaluations_of_both(student: Path, resolved: Callable
     assert measured is not None and measured.nfe == 2 + 4
 
 
-def test_a_teacher_that_is_not_here_is_missing_in_the_plan(student: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_teacher_that_is_not_here_is_missing_in_the_plan(recorded: bool, student: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(student, tmp_path / "student"))
+    keys = {**HANDED, "teacher": "nobody/wan"}
+    if recorded:
+        (folder / "ditmill.json").write_text(json.dumps({"teacher": keys.pop("teacher")}))
     spec = parse_spec(
         {
             "prompts": {"inline": ["a cat"]},
-            "generators": [{"model": str(student), **HANDED, "teacher": "nobody/wan"}],
+            "generators": [{"model": str(folder), **keys}],
             "judge": {"backend": "none"},
             "caption": None,
             "output": {"uri": str(tmp_path / "dataset")},
