@@ -31,11 +31,9 @@ import numpy as np
 
 from infra.errors import UserError
 from models.endpoint_client import Client, EndpointError, EndpointRef, RefusedError
-from models.structured import is_strict
+from models.structured import JSON_TIMES, is_strict, parsed
 
 FOLDER = "cache/answers"
-JSON_TIMES = 8
-"""Tokens that a caption as JSON may have, by those of one in prose."""
 
 Answer = float | str | None
 """P(yes), None where it was neither yes nor no, NaN (which is not kept) where no probabilities came; or a text."""
@@ -120,7 +118,7 @@ class Endpoint:
         described = {"name": "caption", "schema": schema, "strict": is_strict(schema)}
         form = {"response_format": {"type": "json_schema", "json_schema": described}}
         task = _Task(_free(JSON_TIMES * max_new_tokens, temperature) | form, _text, _is_text)
-        return [_parsed(row[0]) for row in self._answers(frames, [[instruction]] * len(frames), task)]
+        return [parsed(row[0]) for row in self._answers(frames, [[instruction]] * len(frames), task)]
 
     def _answers(self, frames: np.ndarray, texts: list[list[str]], task: _Task) -> list[list[Answer]]:
         """Answers to the texts asked of each clip."""
@@ -209,16 +207,6 @@ def _free(max_new_tokens: int, temperature: float) -> dict[str, Any]:
     """Parameters of an answer in as many tokens."""
     drawn = {"temperature": temperature, "seed": 0} if temperature else {"temperature": 0}
     return {**drawn, "max_tokens": max_new_tokens}
-
-
-def _parsed(text: Answer) -> Any:
-    """The JSON value; None where there is none, or where it cannot be stored: NaN, 1e999, half a surrogate."""
-    try:
-        value = json.loads(str(text))
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        return value
-    except (ValueError, RecursionError):
-        return None
 
 
 def _is_text(value: Any) -> bool:

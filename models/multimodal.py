@@ -17,15 +17,15 @@ import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from infra.errors import UserError
 from infra.telemetry import log
-from models.chat import control_tokens, explain, plain_text, prepare, starts_itself
+from models.chat import starts_itself
+from models.conversation import Conversation, cannot_load
 from models.gumbel import GumbelNoise, key_of
 from models.placement import device_of, dtype_of, quiet
 from models.prefix import Place, Prefix, Prefixes
@@ -51,6 +51,7 @@ class MultimodalRef:
     device: str = "auto"
     revision: str | None = None
     token_drop: float = 0.0  # see token_drop.py; 0 reads every vision token
+    section: str = field(default="judge", compare=False)  # of the spec, for errors
 
 
 @functools.cache
@@ -71,10 +72,12 @@ class Multimodal:
     """A loaded model. Answers for a clip do not depend on the clips beside it, beyond float tolerance."""
 
     def __init__(self, ref: MultimodalRef) -> None:
+        import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.ref = ref
         self.device = device_of(ref.device)
+        key = f"{ref.section}.model"
         with quiet():
             try:
                 self.processor = AutoProcessor.from_pretrained(ref.path, trust_remote_code=False)
@@ -86,26 +89,15 @@ class Multimodal:
                     trust_remote_code=False,
                 )
             except Exception as error:
-                hint = (
-                    ""
-                    if find_spec("torchvision")
-                    else "; this environment has no torchvision, which Qwen-VL and SmolVLM need"
-                )
-                raise UserError(
-                    f"judge.model, caption.model: {ref.path}: cannot be loaded as a multimodal model ({explain(error)}); "
-                    f"expected a checkpoint for transformers' AutoModelForImageTextToText{hint}"
-                ) from error
-        refuse_missing(info["missing_keys"], "judge.model, caption.model", ref.path)
-        if self.processor.chat_template is None:
-            raise UserError(
-                f"judge.model, caption.model: {ref.path}: its processor has no chat template; add chat_template.jinja"
-            )
+                raise cannot_load(key, ref.path, error) from error
+        refuse_missing(info["missing_keys"], key, ref.path)
+        self.conversation = Conversation(self.processor, key, ref.path)
+        self.tokenizer = self.conversation.tokenizer
         self.model = model.to(self.device).eval()
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.tokenizer = self.processor.tokenizer
-        prepare(self.tokenizer)
-        self._control = control_tokens(self.tokenizer)
-        self._yes, self._no = self._spelled("Yes"), self._spelled("No")
+        self._yes, self._no = (
+            torch.tensor(self.conversation.spelled(word), device=self.device) for word in ("Yes", "No")
+        )
         self._prefixes = Prefixes(TOKENS_PER_FORWARD)
         self._reads_whole = False
 
@@ -198,7 +190,7 @@ class Multimodal:
                     noise = _noise(frames, texts, some, temperature)
                     yield some, self._go_on(places, prefix, tails, max_new_tokens, noise)
         elif self.ref.token_drop and frames.shape[1] > 1:
-            raise UserError(f"judge.token_drop, caption.token_drop: {self.ref.path}: its family cannot; set 0")
+            raise UserError(f"{self.ref.section}.token_drop: {self.ref.path}: its family cannot; set 0")
         else:  # a family that writes frames and text otherwise than all that were tried
             if not self._reads_whole:
                 self._reads_whole = True
@@ -284,7 +276,7 @@ class Multimodal:
     def _tail(self, num_images: int, text: str) -> list[int]:
         """Token ids of what comes after the last frame."""
         image = str(getattr(self.processor, "image_token", ""))
-        after = self._prompt(num_images, text).rpartition(image or "\0")[2]
+        after = self.conversation.text(num_images, text).rpartition(image or "\0")[2]
         return self.tokenizer.encode(image + after, add_special_tokens=False)[1:]
 
     def _generate(self, inputs: Any, max_new_tokens: int | None, noise: GumbelNoise | None) -> torch.Tensor:
@@ -313,29 +305,11 @@ class Multimodal:
         from PIL import Image
 
         images = [[Image.fromarray(frame) for frame in clip] for clip, _ in pairs]
-        prompts = [self._prompt(len(clip), text) for clip, text in pairs]
-        options: dict[str, Any] = {"add_special_tokens": not starts_itself(self.tokenizer, prompts[0])}
-        if len(images[0]) > 1 and hasattr(self.processor.image_processor, "do_image_splitting"):
-            options["do_image_splitting"] = False  # tiles are for one large picture, not for each frame of a clip
+        prompts = [self.conversation.text(len(clip), text) for clip, text in pairs]
+        options = self.conversation.image_options(len(images[0]))
+        options["add_special_tokens"] = not starts_itself(self.tokenizer, prompts[0])
         inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt", **options)
         return inputs.to(self.device, dtype=self.model.dtype)
-
-    def _prompt(self, num_images: int, text: str) -> str:
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": plain_text(text, self._control)}]
-        conversation = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-
-    def _spelled(self, word: str) -> torch.Tensor:
-        """Ids of the single tokens that spell `word`, with and without a space before it."""
-        import torch
-
-        spelled = [self.tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")]
-        single = sorted({tokens[-1] for tokens in spelled if len(tokens) == 1})
-        if not single:
-            raise UserError(
-                f"{self.ref.path}: its tokenizer has no single token for {word!r}; a judge needs Yes and No"
-            )
-        return torch.tensor(single, device=self.device)
 
 
 def _noise(

@@ -27,6 +27,8 @@ VERSION = "1"
 MOST_ITEMS = 8
 """Items of a list whose schema has no maxItems."""
 LEAST_YES = 0.5
+JSON_TIMES = 8
+"""Tokens that a caption as JSON may have, by those of one in prose, where it is written and not filled in."""
 
 _LEAVES = ("string", "integer", "number", "boolean")
 _KNOWN = frozenset({"object", "array", *_LEAVES})
@@ -63,6 +65,16 @@ def is_strict(schema: Any) -> bool:
             return False
         return all(is_strict(value) for value in schema.values())
     return not isinstance(schema, list) or all(map(is_strict, schema))
+
+
+def parsed(text: Any) -> Any:
+    """The JSON value that a text holds; None where there is none, or one that cannot be stored: NaN, half a surrogate."""
+    try:
+        value = json.loads(str(text))
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        return value
+    except (ValueError, RecursionError):
+        return None
 
 
 def fill(

@@ -1,4 +1,4 @@
-"""Models that look at media, wherever they run: in this process, or behind an endpoint."""
+"""Models that look at media, wherever they run: in this process, in vLLM, or behind an endpoint."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 from models.endpoint import load_endpoint
 from models.endpoint_client import EndpointRef
 from models.multimodal import MultimodalRef, load_multimodal
+from models.vllm import VllmRef, load_vllm
 
-ViewerRef = MultimodalRef | EndpointRef
+ViewerRef = MultimodalRef | VllmRef | EndpointRef
 
 
 class Viewer(Protocol):
@@ -34,10 +35,13 @@ class Viewer(Protocol):
 def load_viewer(ref: ViewerRef, threads: int | None = None) -> Viewer:
     """The model of `ref`, loaded once for each process; with as many threads of torch, if it computes here.
 
-    Raises UserError where the folder holds no such model, or the endpoint's API key is missing.
+    Raises UserError where the folder holds no such model, vLLM or its GPU is missing, or the
+    endpoint's API key.
     """
     if isinstance(ref, EndpointRef):
         return load_endpoint(ref)
+    if isinstance(ref, VllmRef):
+        return load_vllm(ref)
     if threads is not None:
         import torch
 

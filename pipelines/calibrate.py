@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from infra.storage import Storage
 from models.endpoint_client import EndpointRef
 from models.parallel.degrees import Degrees
+from models.vllm import VllmRef
 from pipelines.enumeration import PLANNED, Planned, planned_batch
 from pipelines.identity import sample_ids
 from pipelines.recipes import RECIPES
@@ -104,8 +105,8 @@ def _media_bytes(storage: Storage, result: dict[str, Any]) -> float:
 
 
 def _is_elsewhere(stage: Stage) -> bool:
-    """Whether it asks an endpoint, whose answers may cost."""
-    return any(isinstance(getattr(stage, name, None), EndpointRef) for name in ("model", "verifier"))
+    """Whether it asks an endpoint, whose answers may cost, or vLLM, which the workers' GPUs are for."""
+    return any(isinstance(getattr(stage, name, None), (EndpointRef, VllmRef)) for name in ("model", "verifier"))
 
 
 def _first(run: Resolved, count: int) -> Iterator[dict[str, Any]]:

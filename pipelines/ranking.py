@@ -15,6 +15,7 @@ from infra.storage import Storage
 from infra.tables import Table
 from pipelines.idset import IdSet
 from pipelines.operating_point import by_share
+from pipelines.viewers import MODEL_BACKENDS
 from stages.rubric import OVERALL, load_rubric, with_decomposed
 from stages.score import MEASURED
 from stages.screen import PREFIX
@@ -29,7 +30,7 @@ UNRANKED = -1.0
 def rank_weights(storage: Storage) -> dict[str, float]:
     """Weights of scores by the rubric of the newest run; none where its judge has no rubric."""
     judge = _newest_judge(storage)
-    if judge.get("backend", "transformers") not in ("transformers", "openai", "oracle") or not judge:
+    if judge.get("backend", "transformers") not in (*MODEL_BACKENDS, "oracle") or not judge:
         return {}
     try:
         rubric = load_rubric(judge.get("rubric", "default"))

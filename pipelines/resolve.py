@@ -26,6 +26,7 @@ from models.parallel.degrees import Degrees, check_attention, check_layout
 from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
 from models.viewer import ViewerRef
+from models.vllm import VllmRef
 from pipelines.decomposer import decomposer_of
 from pipelines.expander import Expander, expander_of
 from pipelines.identity import generator_id
@@ -34,7 +35,8 @@ from pipelines.operating_point import OperatingPoint
 from pipelines.refusals import check_licences, check_oracle
 from pipelines.spec import Spec, absolute_paths
 from pipelines.teacher import teacher_of
-from pipelines.viewers import Viewer
+from pipelines.viewer_refs import version_of, viewer_of
+from pipelines.viewers import MODEL_BACKENDS
 from stages.batch import Stage
 from stages.caption import CaptionMedia
 from stages.caption_schema import load_schema
@@ -196,9 +198,9 @@ class Resolved:
             return f"{judge.call}@{judge.version}"
         if judge.backend == "oracle":
             return f"oracle@{marks.VERSION}"
-        name = _version_of(judge.model, self.judge) if self.judge else ""
+        name = version_of(judge.model, self.judge) if self.judge else ""
         if judge.screen is not None and self.screen is not None:
-            return f"{_version_of(judge.screen.model, self.screen)}, then {name}"
+            return f"{version_of(judge.screen.model, self.screen)}, then {name}"
         return name
 
     @property
@@ -209,47 +211,25 @@ class Resolved:
             return ""
         (stage,) = self.captioning()
         assert isinstance(stage, CaptionMedia)
-        judge = _version_of(self.spec.judge.model, self.judge) if self.judge else self.captioner_name
+        judge = version_of(self.spec.judge.model, self.judge) if self.judge else self.captioner_name
         verifier = judge if caption.verify else ""
         dropped = [caption.token_drop, self.spec.judge.token_drop if caption.verify and self.judge else 0.0]
-        text = json.dumps([stage.settings, verifier, dropped])
+        # vLLM writes the JSON that a model in process fills in leaf by leaf.
+        guided = ["vllm"] if caption.backend == "vllm" and "structured" in caption.styles else []
+        text = json.dumps([stage.settings, verifier, dropped, *guided])
         return f"captions@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
     def captioner_name(self) -> str:
         """What an annotation says of its captioner, as `judge_name`."""
         caption = self.spec.caption
-        return _version_of(caption.model, self.captioner) if caption and self.captioner else ""
+        return version_of(caption.model, self.captioner) if caption and self.captioner else ""
 
     @property
     def needs_model(self) -> bool:
         """Whether judging or captioning computes with a model on this run's own machines."""
         refs = (self.judge, self.screen, self.captioner, self.decomposer and self.decomposer.model)
-        return any(isinstance(ref, (MultimodalRef, LanguageRef)) for ref in refs)
-
-
-def _version_of(model: str, ref: ViewerRef) -> str:
-    return ref.name if isinstance(ref, EndpointRef) else f"{model}@{content_sha256(ref.path)[:12]}"
-
-
-def _viewer(name: str, section: Viewer | None, storage: Storage) -> ViewerRef | None:
-    """The model that a section names; None where it names none."""
-    if section is None or section.backend not in ("transformers", "openai"):
-        return None
-    if section.backend == "transformers":
-        path = resolve(section.model, "judge", section.revision, key=f"{name}.model")
-        return MultimodalRef(path, token_drop=section.token_drop)
-    return EndpointRef(
-        base_url=section.base_url or "",
-        model=section.model,
-        api_key_env=section.api_key_env,
-        concurrency=section.concurrency,
-        timeout=section.timeout,
-        max_requests=section.max_requests,
-        max_total_tokens=section.max_total_tokens,
-        cache=storage,
-        section=name,
-    )
+        return any(isinstance(ref, (MultimodalRef, VllmRef, LanguageRef)) for ref in refs)
 
 
 def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
@@ -260,7 +240,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
     decomposer = decomposer_of(spec)
     if spec.judge.decompose is not None:
         rubric = with_decomposed(rubric, spec.judge.decompose.threshold)
-    if spec.judge.backend in ("transformers", "openai", "oracle"):
+    if spec.judge.backend in (*MODEL_BACKENDS, "oracle"):
         check_thresholds(rubric, spec.judge.bars)
         check_screen(rubric, spec.judge.screen.questions if spec.judge.screen else ())
     if spec.judge.backend == "oracle":
@@ -317,7 +297,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         ids.append(generator_id(sha256, weights, *handed))
         licences[generator.model] = licence_of(folder, generator.model, (generator.licence, generator.may_train))
     looking = {"judge": spec.judge, "judge.screen": spec.judge.screen, "caption": spec.caption}
-    viewers = {name: _viewer(name, section, storage) for name, section in looking.items()}
+    viewers = {name: viewer_of(name, section, storage) for name, section in looking.items()}
     for viewer, section in zip(viewers.values(), looking.values(), strict=True):
         if isinstance(viewer, EndpointRef):
             licences[viewer.name] = ENDPOINT_LICENCE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from ipaddress import ip_address
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -14,9 +14,13 @@ from models.facts import Score
 from pipelines.sections import DEFAULT_PACK, Section
 from stages.rubric import OVERALL, built_in_rubrics
 
+ModelBackend = Literal["transformers", "vllm", "openai"]
+MODEL_BACKENDS: tuple[str, ...] = get_args(ModelBackend)
+BACKENDS = "transformers in process; vllm: on a GPU, with the extra `gpu`; openai: a server that speaks the OpenAI API"
+
 
 class Viewer(Section):
-    """A model that looks at media, in this process or behind an endpoint: what the judge and the captioner share."""
+    """A model that looks at media, in this process, in vLLM or behind an endpoint: what judge and captioner share."""
 
     backend: str = "transformers"
     model: str = Field(
@@ -31,6 +35,19 @@ class Viewer(Section):
         description="Backend transformers: leave out vision tokens under which pixels differ by at most this share of full"
         " scale, on average, from what was read there before; 0 reads all. Alike for judge and captioner, a clip is read once"
         " for both.",
+    )
+    tensor_parallel_size: int = Field(
+        1, ge=1, description="Backend vllm: GPUs that the model lies over; as many as compute.resources.judge.gpus."
+    )
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Backend vllm: share of a GPU's memory that it takes; left out, nine tenths of the actor's share of the"
+        " GPU. Alike for judge and captioner, as max_model_len, one engine serves both.",
+    )
+    max_model_len: int | None = Field(
+        None, ge=1, description="Backend vllm: tokens of question and answer at most; left out, what the model reads."
     )
     base_url: str | None = Field(
         None, description="Backend openai: what comes before /chat/completions, such as https://api.openai.com/v1."
@@ -66,12 +83,15 @@ class Viewer(Section):
 
     @model_validator(mode="after")
     def _endpoint_is_sound(self) -> Self:
+        for key in ("tensor_parallel_size", "gpu_memory_utilization", "max_model_len"):
+            if self.backend != "vllm" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} belongs to backend `vllm`; set that, or remove {key}")
+        if self.token_drop and self.backend in ("vllm", "openai"):
+            raise ValueError("token_drop belongs to backend `transformers`; remove it")
         if self.backend != "openai":
             if self.base_url is not None:
                 raise ValueError("base_url belongs to backend `openai`; set that, or remove base_url")
             return self
-        if self.token_drop:
-            raise ValueError("token_drop belongs to backend `transformers`; remove it")
         if self.base_url is None or self.model.startswith("pack://"):
             raise ValueError("backend `openai` needs base_url and model: its name on that server")
         try:
@@ -142,9 +162,7 @@ Threshold = Annotated[Annotated[float, Tag("<number>")] | Annotated[Bar, Tag("<b
 class Screen(Viewer):
     """A cheaper judge that is asked first; the judge is asked only where this one is not sure."""
 
-    backend: Literal["transformers", "openai"] = Field(
-        "transformers", description="transformers in process; openai: a server that speaks the OpenAI API."
-    )
+    backend: ModelBackend = Field("transformers", description=f"{BACKENDS}.")
     num_frames: int = Field(4, ge=1, description="Frames shown to it, evenly spaced.")
     questions: tuple[str, ...] = Field((), description="Names of the rubric's questions that it is asked; none, all.")
     reject: float = Field(
@@ -209,11 +227,10 @@ class Decompose(Section):
 class Judge(Viewer):
     """The model that scores, and the bar."""
 
-    backend: Literal["transformers", "openai", "call", "oracle", "none"] = Field(
+    backend: Literal["transformers", "vllm", "openai", "call", "oracle", "none"] = Field(
         "transformers",
-        description="transformers in process; openai: a server that speaks the OpenAI API; call: your own code; oracle:"
-        " classical vision that knows the shapes world and nothing else, for tests and benches; none: what ScoreMedia leaves"
-        " is accepted.",
+        description=f"{BACKENDS}; call: your own code; oracle: classical vision that knows the shapes world and nothing else,"
+        " for tests and benches; none: what ScoreMedia leaves is accepted.",
     )
     call: str | None = Field(
         None, description="module:function of backend `call`: takes a batch, returns {question: [n] floats}."
@@ -238,7 +255,7 @@ class Judge(Viewer):
             raise ValueError("backend `call` needs call: 'module:function' and a version")
         if not self.rubric:
             raise ValueError("rubric: expected at least one of " + ", ".join(built_in_rubrics()))
-        if self.decompose is not None and self.backend not in ("transformers", "openai"):
+        if self.decompose is not None and self.backend not in MODEL_BACKENDS:
             raise ValueError(f"decompose is asked of a model, not of backend `{self.backend}`; remove it")
         return self
 
@@ -248,8 +265,10 @@ class Judge(Viewer):
             raise ValueError(
                 "thresholds.overall needs a rubric, which backend `call` has none of; name a score of its own"
             )
-        if self.screen is not None and self.backend not in ("transformers", "openai"):
-            raise ValueError(f"screen belongs to backends `transformers` and `openai`, found {self.backend}; remove it")
+        if self.screen is not None and self.backend not in MODEL_BACKENDS:
+            raise ValueError(
+                f"screen belongs to backends `transformers`, `vllm` and `openai`, found {self.backend}; remove it"
+            )
         return self
 
     @property
@@ -261,9 +280,7 @@ class Judge(Viewer):
 class Caption(Viewer):
     """The model that captions what was accepted."""
 
-    backend: Literal["transformers", "openai"] = Field(
-        "transformers", description="transformers in process; openai: a server that speaks the OpenAI API."
-    )
+    backend: ModelBackend = Field("transformers", description=f"{BACKENDS}.")
     model: str = Field(
         DEFAULT_PACK,
         description="A multimodal model; the judge's own is loaded once for both. For openai, its name on the server.",

@@ -34,7 +34,7 @@ def load_schema(path: str | None, fillable: bool) -> str:
     if fillable and (wrong := problem(schema)) is not None:
         raise UserError(
             f"caption.json_schema: {file}: {wrong}; a model in this process is asked leaf by leaf and cannot fill it in: mend"
-            " it, or use backend openai"
+            " it, or use backend vllm or openai"
         )
     return json.dumps(schema, ensure_ascii=False)
 

@@ -31,6 +31,7 @@ from models.loading import GeneratorRef
 from models.multimodal import MultimodalRef
 from models.pack import cache_dir
 from models.source import content_sha256, files_of
+from models.vllm import VllmRef
 from stages.batch import Batch, HoldsStage, Stage, WorldFault
 
 CHUNK = 32 << 20
@@ -38,7 +39,7 @@ CHUNK = 32 << 20
 UNDER_WAY = 2
 """Answers that a node waits for at a time."""
 
-Ref = GeneratorRef | MultimodalRef | LanguageRef
+Ref = GeneratorRef | MultimodalRef | VllmRef | LanguageRef
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -286,11 +287,12 @@ def test_tiny_judge_tells_clips_apart(tiny_pack):
 def test_load_multimodal_loads_once_for_equal_references(tiny_pack):
     ref = MultimodalRef(str(tiny_pack / "judge"))
     assert load_multimodal(ref) is load_multimodal(pickle.loads(pickle.dumps(ref)))
+    assert load_multimodal(ref) is load_multimodal(replace(ref, section="caption")), "one model for judge and captioner"
 
 
 def test_load_multimodal_names_what_it_cannot_load(tiny_pack, tmp_path):
-    with pytest.raises(UserError, match=r"^judge.model, caption.model: .*/expander: cannot be loaded") as raised:
-        load_multimodal(MultimodalRef(str(tiny_pack / "expander")))
+    with pytest.raises(UserError, match=r"^judge.screen.model: .*/expander: cannot be loaded") as raised:
+        load_multimodal(MultimodalRef(str(tiny_pack / "expander"), section="judge.screen"))
     assert "\n" not in str(raised.value)
     for path in (tiny_pack / "judge").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[: 5000 if path.suffix == ".safetensors" else None])

@@ -43,9 +43,11 @@ def mistake(data: dict[str, Any], *overrides: str) -> str:
         ({"seed": 2**63}, "seed: expected less than 9223372036854775808, found 9223372036854775808"),
         ({"layout": {"batch_size": 0}}, "layout.batch_size: expected at least 1, found 0. Samples denoised together"),
         (
-            {"judge": {"backend": "vllm"}},
-            "judge.backend: expected 'transformers', 'openai', 'call', 'oracle' or 'none', found 'vllm'",
+            {"judge": {"backend": "vlm"}},
+            "judge.backend: expected 'transformers', 'vllm', 'openai', 'call', 'oracle' or 'none', found 'vlm'",
         ),
+        ({"judge": {"max_model_len": 99}}, "judge: max_model_len belongs to backend `vllm`; set that, or remove"),
+        ({"caption": {"backend": "vllm", "token_drop": 0.1}}, "caption: token_drop belongs to backend `transformers`"),
         ({"judge": {"backend": "openai"}}, "judge: backend `openai` needs base_url and model: its name on that server"),
         (
             {"caption": {"backend": "openai", "base_url": "https://a/v1"}},

@@ -16,6 +16,7 @@ from infra.errors import UserError
 from infra.ray_session import Cluster
 from models.endpoint_client import EndpointRef
 from models.multimodal import MultimodalRef
+from models.vllm import VllmRef
 from pipelines import calibrate
 from pipelines.annotate_stored import Captioning, Judging
 from pipelines.calibrate import Calibration
@@ -32,6 +33,7 @@ from stages.caption import CaptionMedia
 from stages.decompose import DecomposePrompts
 from stages.delivery import paths_of
 from stages.judge import JudgeQuality
+from stages.vllm_engine import start
 
 NOWHERE = {"backend": "openai", "base_url": "http://127.0.0.1:9/v1", "model": "org/looker", "max_requests": 7}
 
@@ -270,6 +272,33 @@ def test_the_judge_verifies_where_it_is_a_model(spec: Spec) -> None:
     assert isinstance(verifier({"model": "pack://tiny"}, verify=0.5), MultimodalRef)
     assert verifier({"backend": "oracle"}, verify=0.5) is None
     assert verifier(NOWHERE) is None
+
+
+def test_vllm_holds_a_gpu_and_its_models_go_to_each_node(spec: Spec, tiny_pack: Path) -> None:
+    vllm = {"backend": "vllm", "model": "pack://tiny"}
+
+    def resolved(judge: dict[str, Any], **caption: Any) -> Resolved:
+        sections = {"judge": judge, "caption": {**vllm, **caption}}
+        return resolve_spec(parse_spec({**spec.model_dump(mode="json"), **sections}))
+
+    run = resolved({**vllm, "screen": {**vllm, "max_model_len": 512}, "decompose": None})
+    folder = str(tiny_pack / "judge")
+    assert run.judge == run.captioner == VllmRef(folder, start), "one engine serves both"
+    assert run.screen == VllmRef(folder, start, max_model_len=512)
+    assert [ref.section for ref in (run.judge, run.screen, run.captioner)] == ["judge", "judge.screen", "caption"]
+    assert run.needs_model and paths_of((*run.scoring(), *run.captioning())) == [folder]
+    assert pickle.loads(pickle.dumps(run.scoring())) == run.scoring()
+    here = {"backend": "transformers"}
+    assert resolved(vllm).judge_name == resolved({**vllm, **here}).judge_name, "the same model, the same answers"
+    assert run.captions_id == resolved(vllm, **here).captions_id
+    guided, filled = (resolved(vllm, **each, styles=["structured"]).captions_id for each in ({}, here))
+    assert guided != filled, "one is written, the other filled in leaf by leaf"
+
+
+def test_a_plan_starts_no_vllm(spec: Spec) -> None:
+    vllm = {"backend": "vllm", "model": "pack://tiny"}
+    plan = make_plan(parse_spec({**spec.model_dump(mode="json"), "judge": vllm, "caption": vllm}))
+    assert plan.estimate is not None
 
 
 @pytest.mark.parametrize("model", ["/nope", "pack://nope", "memory://nope"])
