@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from models.facts import Fact, Score, score_of
 from models.multimodal import evenly_spaced
 from models.viewer import ViewerRef, load_viewer
@@ -39,16 +41,33 @@ class Sheet:
         return [float(p) for p in p_yes[len(self.names) : len(self.texts)]]
 
 
+Known = Sequence[Mapping[str, float]]
+"""What is known of each sample: P(yes) by a question's name."""
+
+
 def ask(
-    rubric: Rubric, model: ViewerRef, batch: Batch, num_frames: int, how: Score
+    rubric: Rubric, model: ViewerRef, batch: Batch, num_frames: int, how: Score, known: Known | None = None
 ) -> tuple[list[dict[str, float]], list[list[dict[str, Any]]]]:
     """Each sample's score for each question that it is asked, and the facts of its prompt with their answers, if it is asked
-    about them. `model` is shown at most `num_frames` of the `frames`."""
+    about them. `model` is shown at most `num_frames` of the `frames`, and not asked again what it has answered: `known`."""
     sheets = sheets_of(rubric, batch)
     shown = evenly_spaced(batch["frames"], num_frames)
-    p_yes = load_viewer(model).p_yes(shown, [list(sheet.texts) for sheet in sheets])
-    rows = list(zip(sheets, p_yes, strict=True))
+    rows = list(zip(sheets, _completed(model, shown, sheets, known or [{}] * len(sheets)), strict=True))
     return [sheet.scores(row, how) for sheet, row in rows], [sheet.answered(row) for sheet, row in rows]
+
+
+def _completed(model: ViewerRef, shown: np.ndarray, sheets: list[Sheet], known: Known) -> list[list[float]]:
+    """P(yes) for each text of each sheet: as it is known, or as the model answers."""
+    answers = [
+        [said.get(name, math.nan) for name in sheet.names] + [math.nan] * len(sheet.facts)
+        for sheet, said in zip(sheets, known, strict=True)
+    ]
+    missing = [[at for at, p in enumerate(row) if math.isnan(p)] for row in answers]
+    asked = [[sheet.texts[at] for at in places] for sheet, places in zip(sheets, missing, strict=True)]
+    for row, places, p_yes in zip(answers, missing, load_viewer(model).p_yes(shown, asked), strict=True):
+        for at, p in zip(places, p_yes.tolist(), strict=False):  # rows of p_yes are filled up
+            row[at] = p
+    return answers
 
 
 def sheets_of(rubric: Rubric, batch: Batch) -> list[Sheet]:

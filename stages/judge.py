@@ -17,7 +17,7 @@ from models.viewer import ViewerRef, load_viewer
 from stages.asking import ask, parts_in
 from stages.batch import Batch, jsons, load_json, size, texts
 from stages.rubric import NO_PARTS, OVERALL, Rubric, decide
-from stages.screen import ScreenQuality
+from stages.screen import PREFIX, ScreenQuality
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,24 @@ class JudgeQuality:
 
     def _ask(self, batch: Batch) -> tuple[list[dict[str, float]], Batch]:
         """Each sample's score for each question that it was asked; and `decomposed` with answers, if that was asked."""
-        scores, answered = ask(self.rubric, self._model, batch, self.num_frames, self.facts)
+        known = self._screened(batch) if self._screen_is_same(batch) else None
+        scores, answered = ask(self.rubric, self._model, batch, self.num_frames, self.facts, known)
         return scores, {"decomposed": jsons(answered)} if any(answered) else {}
+
+    def _screen_is_same(self, batch: Batch) -> bool:
+        """Whether the screen is this model, and was shown the same frames."""
+        if self.screen is None or self.screen.model != self.model:
+            return False
+        total = batch["frames"].shape[1]
+        return min(self.num_frames, total) == min(self.screen.num_frames, total)
+
+    def _screened(self, batch: Batch) -> list[dict[str, float]]:
+        """The screen's answers, by the names of its questions. Of a prompt's facts it left their score alone."""
+        rows = load_json(batch["scores"]) if "scores" in batch else [[]] * size(batch)
+        return [
+            {item["name"].removeprefix(PREFIX): item["value"] for item in row if item["name"].startswith(PREFIX)}
+            for row in rows
+        ]
 
     def _mark(self, batch: Batch) -> tuple[dict[str, np.ndarray], list[str]]:
         """The oracle's marks, NaN where it has none, and for each row why."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from models.multimodal import MultimodalRef
+from models.multimodal import MultimodalRef, load_multimodal
 from stages.actor import run_stage
 from stages.batch import Batch, jsons, load_json, texts
 from stages.judge import JudgeQuality
@@ -72,6 +72,26 @@ def test_a_screen_settles_by_what_each_record_is_asked(screen, judge):
     assert [len(row) for row in load_json(both["decomposed"])] == [2 if at % 2 else 1 for at in range(COUNT)]
     for row, kept in zip(scores(both), load_json(both["decomposed"]), strict=True):
         assert row["decomposed"] == pytest.approx(min(fact["p_yes"] for fact in kept))
+
+
+@pytest.mark.parametrize(("num_frames", "asked_again"), [(8, 1), (9, 1), (2, 3)])
+def test_one_model_is_not_asked_twice_about_the_same_frames(screen, judge, monkeypatch, num_frames, asked_again):
+    """A screen with two of three questions, of a clip with 8 frames; 9 are no more."""
+    rubric = with_decomposed(judge.rubric, 0.5)
+    facts = jsons([[{"question": "Is it red?", "needs": []}]] * COUNT)
+    data = batch(8) | {"decomposed": facts}
+    some = replace(screen, rubric=rubric.only(["prompt_match", "no_artefacts"]), num_frames=num_frames, reject=0.0)
+    both = replace(judge, rubric=rubric, screen=some)
+    alone, _ = run_stage(replace(both, screen=None), data)
+    first, _ = run_stage(some, data)
+    asked = []
+    model = load_multimodal(judge.model)
+    p_yes = model.p_yes
+    monkeypatch.setattr(model, "p_yes", lambda frames, texts: asked.extend(texts) or p_yes(frames, texts))
+    out, _ = run_stage(both, first)
+    assert {len(texts) for texts in asked} == {asked_again + 1}, "the fact is asked in any case"
+    for one, other in zip(scores(out), scores(alone), strict=True):
+        assert {name: one[name] for name in other} == pytest.approx(other, abs=1e-5)
 
 
 def test_cascade_asks_the_judge_of_the_undecided_alone(screen, judge):
