@@ -23,7 +23,7 @@ from pipelines.feed import Feeder
 from pipelines.generate import StopRequest
 from pipelines.graph import results
 from pipelines.ledger import Ledger
-from pipelines.placement import Compute, Group, in_flight
+from pipelines.placement import in_flight, place_stored
 from pipelines.resolve import Resolved
 from pipelines.run import clean_up, commit_run_row
 from pipelines.stored import COLUMNS, StoredBatches
@@ -31,7 +31,7 @@ from stages.annotate import Annotator, Row, WriteAnnotations
 from stages.batch import Batch, Stage, WorldFault, size
 from stages.decode import DecodeLatents
 from stages.judge import JudgeQuality
-from stages.read import ReadMedia
+from stages.read import DecodeStored, ReadMedia
 from stages.rubric import parts_of
 from stages.score import ScoreMedia
 
@@ -260,8 +260,8 @@ class _Job:
         run, started = self.run, time.time()
         layout = run.spec.layout
         decoder = DecodeLatents(run.generators, run.plan, layout.batch_size, layout.threads)
-        stages = (ReadMedia(run.storage, decoder), *work.stages(), WriteAnnotations(work.annotator))
-        groups = (_group(stages, cluster(), run.spec.compute),)
+        stages = (DecodeStored(decoder), *work.stages(), WriteAnnotations(work.annotator))
+        groups = place_stored(ReadMedia(run.storage), stages, cluster(), run.spec.compute)
         feeder = Feeder(in_flight(groups))
         batches = itertools.chain([first], rest)
 
@@ -333,16 +333,3 @@ class _Job:
         if self._begun:
             said = {"annotates": self.kind, **asdict(self.tally), **extra}
             commit_run_row(self.run, "ended", status=status, extra_json=json.dumps(said), **self._spent)
-
-
-def _group(stages: tuple[Stage, ...], cluster: Cluster, compute: Compute) -> Group:
-    """Actors that hold all stages: one a GPU, or on a CPU as many as leave one core to the driver; or as `judge` asks."""
-    asked, least = compute.asked("judge"), compute.least("judge")
-    if cluster.gpus >= 1 or asked.gpus:
-        cpus, gpus, on_gpus = asked.cpus or 1.0, 1.0 if asked.gpus is None else asked.gpus, True
-        count = least or max(1, int(cluster.gpus / (gpus or 1.0)))
-    else:
-        count = least or max(1, int(cluster.cpus) - 1)
-        cpus, gpus, on_gpus = asked.cpus or min(1.0, max(0.1, (cluster.cpus - 0.1) / count)), 0.0, False
-    most = compute.actors.get("judge", (0, 0))[1]
-    return Group("annotate", stages, count, cpus, gpus, (), on_gpus, most, asked.accelerator_type)

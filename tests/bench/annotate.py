@@ -1,10 +1,11 @@
 """What judging stored samples again costs: `ditmill annotate --judge` beside the bare judge on the same clips.
 
-    ditmill bench annotate [--samples 1024] [--seed 0]
+    ditmill bench annotate [--samples 1024] [--seed 0] [--gpu]
 
 Rendered clips of the shapes world, stored as a run would have stored them. The baseline reads the same members, decodes them
 and asks the same model the same questions, one batch after the other in one process. Accelerator-seconds: on a CPU those of
-the one actor that judges. Starting workers and loading models come once and are told apart.
+the one actor that judges. Starting workers and loading models come once and are told apart. With --gpu Ray is told of a GPU
+that is not there, so that the graph is that of a machine with one: another process reads, and the judge's alone is counted.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pyarrow as pa
+import ray
 
 from infra.commit import Committer, write_part
 from infra.media import decode, encode
@@ -61,7 +63,7 @@ def main() -> None:
     try:
         run = _stored(folder, options.samples, options.seed)
         bare, reading, expected = _bare(run)
-        allocated, overhead, found = _annotated(run)
+        allocated, overhead, found = _annotated(run, options.gpu)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     once = overhead["boot"] + overhead["load"]
@@ -142,12 +144,15 @@ def _member(storage: Storage, item: dict[str, Any]) -> bytes:
     return storage.read_bytes(item["shard"], item["offset"], item["offset"] + item["nbytes"])
 
 
-def _annotated(run: Resolved) -> tuple[float, dict[str, float], dict[str, dict[str, float]]]:
+def _annotated(run: Resolved, gpu: bool) -> tuple[float, dict[str, float], dict[str, dict[str, float]]]:
     """Accelerator-seconds that the run held, those of them that went to no sample, and the answers."""
     with ExitStack() as stack:
 
         @cache
         def cluster() -> Cluster:
+            if gpu:
+                _with_gpu(run)
+                stack.callback(ray.shutdown)
             return stack.enter_context(ray_session(None, worker_env(run.spec.layout.threads), {}))
 
         done = rejudge(run, cluster)
@@ -161,9 +166,17 @@ def _annotated(run: Resolved) -> tuple[float, dict[str, float], dict[str, dict[s
     return ended["allocated_accelerator_seconds"], json.loads(ended["overhead_json"]), scores
 
 
+def _with_gpu(run: Resolved) -> None:
+    env = worker_env(run.spec.layout.threads)
+    ray.init(
+        "local", num_cpus=3, num_gpus=1, runtime_env={"env_vars": env}, log_to_driver=False, include_dashboard=False
+    )
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--gpu", action="store_true", help="the graph of a machine with a GPU, on this one's CPUs")
     parser.add_argument("--seed", type=int, default=0, help="other scenes")
     return parser.parse_args()
 

@@ -26,7 +26,6 @@ from infra.shard import MEMBER
 from infra.storage import Storage
 from infra.tables import Table
 from infra.telemetry import configure, log
-from models.plan import SamplerPlan
 from pipelines.card import write_card
 from pipelines.dedup import Example, RecordReport
 from pipelines.gallery import MAX_TEXT
@@ -34,7 +33,6 @@ from pipelines.release import release
 from pipelines.repack import pack
 from pipelines.report import build_report
 from pipelines.verify import verify
-from stages.decode import DecodeLatents
 from stages.read import ReadMedia
 
 HOSTILE = (
@@ -161,7 +159,7 @@ def test_a_row_that_leads_out_of_the_dataset_is_neither_packed_nor_read(
         pack(storage, spoilt, "releases/x/x.tar")
     assert "\n" not in str(caught.value) and not storage.exists("releases/x/x.tar")
     if "shard" in change:
-        read = ReadMedia(storage, DecodeLatents((), SamplerPlan(), 1))
+        read = ReadMedia(storage)
         batch = {name: np.array([rows[0][name]]) for name in ("num_frames", "height", "width")}
         found = read({**batch, "source": np.array([json.dumps(rows[0]["media"][0])], dtype=object)})
         assert "lies outside of the dataset" in found["error"][0]

@@ -8,7 +8,7 @@ import pytest
 from infra.errors import UserError
 from infra.ray_session import Cluster
 from models.plan import SamplerPlan
-from pipelines.placement import ActorResources, Compute, Group, in_flight, place
+from pipelines.placement import ActorResources, Compute, Group, in_flight, place, place_stored
 from stages.group import InGroup
 from stages.sample import SampleLatents
 from stages.score import ScoreMedia
@@ -148,3 +148,21 @@ def test_place_refuses_actors_beyond_the_limits(compute: dict[str, Any], said: s
 def test_compute_refuses_what_cannot_be(keys: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Compute(**keys)
+
+
+@pytest.mark.parametrize("gpus", [1, 4, 8])
+def test_stored_samples_are_read_beside_the_gpus_that_judge_them(gpus: int) -> None:
+    read, judging = place_stored(STAGE, (STAGE, STAGE), Cluster(16 * gpus, gpus), Compute())
+    assert (read.stages, judging.stages) == ((STAGE,), (STAGE, STAGE))
+    assert (read.actors, judging.actors, judging.num_gpus) == (2 * gpus, gpus, 1.0)
+    assert read.num_gpus == read.accelerators == 0, "a CPU is no accelerator where there are GPUs"
+
+
+@pytest.mark.parametrize(("cpus", "gpus", "asked"), [(8, 0, {}), (2, 1, {}), (8, 8, {}), (0, 0, {"gpus": 1.0})])
+def test_stored_samples_are_read_by_the_actor_that_judges_where_no_cpu_is_left(
+    cpus: int, gpus: int, asked: Any
+) -> None:
+    compute = Compute(resources={"judge": ActorResources(**asked)})
+    (group,) = place_stored(STAGE, (STAGE, STAGE), Cluster(cpus, gpus), compute)
+    assert group.stages == (STAGE, STAGE, STAGE)
+    assert group.actors == max(1, gpus or cpus - 1)

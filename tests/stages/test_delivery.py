@@ -36,7 +36,7 @@ from stages.decode import DecodeLatents
 from stages.delivery import CHUNK, Delivered, Delivery, Library, Model, inside, moved, path_here, paths_of
 from stages.expand import ExpandPrompts
 from stages.group import InGroup
-from stages.read import ReadMedia
+from stages.read import DecodeStored
 from stages.sample import SampleLatents
 from stages.score import ScoreMedia
 
@@ -116,8 +116,8 @@ def test_the_innermost_stage_finds_its_models_in_its_own_process() -> None:
     group = delivery.of(InGroup(sample, 2))
     assert isinstance(group, InGroup) and group.ranks == 2  # each rank for itself
     assert isinstance(group.stage, Delivered) and group.stage.stage is sample and group.name == "sample"
-    read = delivery.of(ReadMedia(Storage("/data"), decode))
-    assert isinstance(read, ReadMedia) and isinstance(read.decoder, Delivered)  # which it may never call
+    stored = delivery.of(DecodeStored(decode))
+    assert isinstance(stored, DecodeStored) and isinstance(stored.stage, Delivered)  # which it may never call
     score = ScoreMedia()
     assert delivery.of(score) is score
 

@@ -10,14 +10,19 @@ import pytest
 from infra.media import encode
 from infra.shard import build_tar, safetensors_bytes
 from infra.storage import Storage
+from stages.actor import run_stage
 from stages.batch import Batch, texts
-from stages.read import ReadMedia
+from stages.read import DecodeStored, ReadMedia
 
 SHAPE = (5, 32, 48)
 
 
 class Halve:
     """In the decoder's place: frames from latents, so that the test needs no model."""
+
+    name = "decode"
+    reads, adds = ("latents",), ("frames",)
+    skips_rejected = False
 
     def __call__(self, batch: Batch) -> Batch:
         frames = np.repeat((batch["latents"] / 2).astype(np.uint8)[..., None], 3, axis=-1)
@@ -52,6 +57,7 @@ def batch_of(sources: list[dict[str, Any]], shape: tuple[int, int, int] = SHAPE)
         "source": texts([json.dumps(source) for source in sources]),
         "error_type": texts([""] * len(sources)),
         "error": texts([""] * len(sources)),
+        "error_stage": texts([""] * len(sources)),
     }
     for name, value in zip(("num_frames", "height", "width"), shape, strict=True):
         columns[name] = np.full(len(sources), value, np.int64)
@@ -61,7 +67,7 @@ def batch_of(sources: list[dict[str, Any]], shape: tuple[int, int, int] = SHAPE)
 def test_read_gives_the_frames_of_stored_videos(storage):
     frames = clips(3)
     sources = write(storage, [(f"{at}.mp4", encode(clip, 8.0).data, "video/mp4") for at, clip in enumerate(frames)])
-    read = ReadMedia(storage, Halve())(batch_of(sources))
+    read = ReadMedia(storage)(batch_of(sources))
     assert read["frames"].shape == frames.shape
     assert read["frames"].dtype == np.uint8
     assert np.abs(read["frames"].astype(int) - frames).mean() < 3
@@ -71,7 +77,7 @@ def test_read_gives_the_frames_of_stored_videos(storage):
 def test_read_gives_the_pixels_of_stored_images(storage):
     frames = np.random.default_rng(0).integers(0, 256, (2, 1, 32, 48, 3), dtype=np.uint8)
     sources = write(storage, [(f"{at}.png", encode(clip, 8.0).data, "image/png") for at, clip in enumerate(frames)])
-    assert np.array_equal(ReadMedia(storage, Halve())(batch_of(sources, (1, 32, 48)))["frames"], frames)
+    assert np.array_equal(ReadMedia(storage)(batch_of(sources, (1, 32, 48)))["frames"], frames)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -81,9 +87,27 @@ def test_read_decodes_stored_latents(storage, dtype):
         (f"{at}.safetensors", safetensors_bytes("latents", one, dtype, {}), "") for at, one in enumerate(latents)
     ]
     sources = [source | {"dtype": dtype, "shape": list(SHAPE)} for source in write(storage, members)]
-    read = ReadMedia(storage, Halve())(batch_of(sources))
-    assert np.array_equal(read["frames"][..., 0], latents / 2)
-    assert "latents" not in read
+    read = ReadMedia(storage)(batch_of(sources))
+    assert np.array_equal(read["latents"], latents)
+    decoded, _ = run_stage(DecodeStored(Halve()), read)
+    assert np.array_equal(decoded["frames"][..., 0], latents / 2)
+
+
+def test_what_has_frames_is_not_decoded(tmp_path):
+    storage = Storage(str(tmp_path))
+    sources = write(storage, [("a.mp4", encode(clips(1)[0], 8.0).data, "video/mp4")])
+    read = ReadMedia(storage)(batch_of(sources))
+    assert run_stage(DecodeStored(Halve()), read) == (read, 0.0)
+
+
+def test_members_of_a_batch_are_asked_for_at_once(storage, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Storage, "read_bytes", lambda *_: pytest.fail("a member was read by itself"))
+    ranges = Storage.read_ranges
+    monkeypatch.setattr(Storage, "read_ranges", lambda self, places: asked.append(len(places)) or ranges(self, places))
+    sources = write(storage, [(f"{at}.mp4", encode(clip, 8.0).data, "video/mp4") for at, clip in enumerate(clips(3))])
+    assert list(ReadMedia(storage)(batch_of(sources))["error_type"]) == [""] * 3
+    assert asked == [3]
 
 
 def test_read_fails_the_sample_that_is_to_blame_and_no_other(storage):
@@ -97,7 +121,7 @@ def test_read_fails_the_sample_that_is_to_blame_and_no_other(storage):
     storage.write_bytes("media/run/0.tar", bytes(shard))
     gone = sources[0] | {"shard": "media/run/gone.tar"}
     beyond = sources[0] | {"offset": 10**8}
-    read = ReadMedia(storage, Halve())(batch_of([*sources, gone, beyond]))
+    read = ReadMedia(storage)(batch_of([*sources, gone, beyond]))
     assert list(read["error_type"]) == [
         "",
         "stored_media_changed",
@@ -115,7 +139,7 @@ def test_read_fails_the_sample_that_is_to_blame_and_no_other(storage):
 
 def test_read_of_nothing_sound_has_the_right_shape(tmp_path):
     source = {"shard": "gone", "member": "a", "offset": 0, "nbytes": 1, "mime": "video/mp4", "sha256": ""}
-    read = ReadMedia(Storage(str(tmp_path)), Halve())(batch_of([source, source]))
+    read = ReadMedia(Storage(str(tmp_path)))(batch_of([source, source]))
     assert list(read["error_type"]) == ["stored_media_missing"] * 2
     assert read["frames"].shape == (2, *SHAPE, 3)
 
@@ -127,5 +151,6 @@ def test_read_lets_trouble_with_the_storage_through(tmp_path, monkeypatch):
     storage = Storage(str(tmp_path))
     sources = write(storage, [("a.mp4", encode(clips(1)[0], 8.0).data, "video/mp4")])
     monkeypatch.setattr(Storage, "read_bytes", down)
+    monkeypatch.setattr(Storage, "read_ranges", down)
     with pytest.raises(OSError, match="storage is down"):
-        ReadMedia(storage, Halve())(batch_of(sources))
+        ReadMedia(storage)(batch_of(sources))
