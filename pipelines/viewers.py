@@ -16,7 +16,9 @@ from stages.rubric import OVERALL, built_in_rubrics
 
 ModelBackend = Literal["transformers", "vllm", "openai"]
 MODEL_BACKENDS: tuple[str, ...] = get_args(ModelBackend)
-BACKENDS = "transformers in process; vllm: on a GPU, with the extra `gpu`; openai: a server that speaks the OpenAI API"
+BACKENDS = (
+    "transformers in process; vllm: on a GPU, where that is installed; openai: a server that speaks the OpenAI API"
+)
 
 
 class Viewer(Section):

@@ -37,8 +37,8 @@ def start(ref: VllmRef) -> Engine:
         import vllm  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"{ref.section}.backend: vllm is not installed where the worker runs ({explain(error)}); install the extra `gpu`"
-            " there, or use transformers"
+            f"{ref.section}.backend: vllm is not installed where the worker runs ({explain(error)}); run pip install --group"
+            " vllm there, or use transformers"
         ) from error
     _check_gpus(ref)
     from ray.llm._internal.common.errors import VLLM_CLIENT_ERRORS

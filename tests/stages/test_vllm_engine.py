@@ -153,7 +153,7 @@ def test_vllm_says_which_gpus_it_lacks(
 
 def test_vllm_that_is_not_installed_is_the_users_to_install(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(UserError, match=r"^judge\.screen\.backend: vllm is not installed .*extra `gpu`"):
+    with pytest.raises(UserError, match=r"^judge\.screen\.backend: vllm is not installed .*pip install --group vllm"):
         Vllm(VllmRef(path, start, section="judge.screen"))
 
 
@@ -166,12 +166,12 @@ def test_a_model_that_vllm_does_not_know_is_named(vllm: None, path: str, monkeyp
         Vllm(VllmRef(path, start, section="caption"))
 
 
-def test_the_contract_is_of_the_vllm_that_ray_and_the_extra_ask_for() -> None:
+def test_the_contract_is_of_the_vllm_that_ray_and_the_project_ask_for() -> None:
     wanted = f"=={SIGNATURES['version']}"
     rays = importlib.metadata.requires("ray") or []
     assert any(re.match(rf"vllm(\[\w+\])?{re.escape(wanted)};", line.replace(" ", "")) for line in rays)
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert f"vllm{wanted}" in project["project"]["optional-dependencies"]["gpu"]
+    assert project["dependency-groups"]["vllm"] == [f"vllm{wanted}"]
 
 
 def test_the_contract_is_that_of_vllm_where_it_is_installed() -> None:
