@@ -98,7 +98,9 @@ FORMATS: Mapping[str, Format] = {
         "FastVideo: denoising trajectories and text embeddings, Parquet (ODE initialisation)", "fastvideo:Trajectories"
     ),
     "fastvideo-text": Format("FastVideo: text embeddings only, Parquet (data-free distillation)", "fastvideo:TextOnly"),
-    "causvid-lmdb": Format("CausVid: trajectories, or clean latents, LMDB (ODE initialisation, DMD)", "causvid:OneLmdb"),
+    "causvid-lmdb": Format(
+        "CausVid: trajectories, or clean latents, LMDB (ODE initialisation, DMD)", "causvid:OneLmdb"
+    ),
     "self-forcing-lmdb": Format("Self-Forcing: the same in 16 shards (ShardingLMDBDataset)", "causvid:ShardedLmdb"),
     "webdataset": Format("WebDataset: tars of media, captions, provenance and tensors", "webdataset:Shards"),
     "hf": Format("Hugging Face datasets: a folder that is a hub dataset, Parquet with a card", "hf:HubFolder"),

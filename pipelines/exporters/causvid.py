@@ -12,15 +12,15 @@
   the last. A row of clean latents is [T, C, H, W]: a row of four axes is given a first one of length one.
 - A shard without rows still needs its latents_shape.
 
-A row is a sample, whatever its prompt: the builders of these repositories drop prompts that come twice. Keys of ours, which no
-reader asks for: ids_<i>_data, the sample_id, and `states`, which says in JSON where on the path the states lie.
+A row is a sample, whatever its prompt: the builders of these repositories drop prompts that come twice. Keys of ours, which
+no reader asks for: ids_<i>_data, the sample_id, and `states`, which says in JSON where on the path the states lie.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,7 +29,7 @@ import numpy as np
 
 from infra.errors import UserError
 from pipelines.exporters import Chunk, State, Target, samples_in
-from pipelines.exporters.kept import kept_tensor
+from pipelines.exporters.rows import kept_tensor
 from pipelines.samples import StoredSample, Trajectory
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ class OneLmdb:
 
     def check(self, sample: StoredSample) -> None:
         row = sample.row
-        form = "trajectory" if kept_tensor(row, "trajectory") else "latents"
-        reference = kept_tensor(row, form)
+        form, reference = "trajectory", kept_tensor(row, "trajectory")
+        if reference is None:
+            form, reference = "latents", kept_tensor(row, "latents")
         if reference is None:
             raise UserError(
                 f"--to: sample {row['sample_id']} keeps neither a trajectory nor latents; generate with recipe trajectory or"
@@ -137,14 +138,14 @@ class OneLmdb:
         self._same("row_shape", list(half.shape), row)
         return half
 
-    def _same(self, name: str, value: Any, row: Any) -> None:
+    def _same(self, name: str, value: Any, row: Mapping[str, Any]) -> None:
         """Hold a fact of a sample to what it was of all before it."""
-        known = self._state.setdefault(name, value)
-        if known != value:
-            shape = f"height = {row['height']} and width = {row['width']} and num_frames = {row['num_frames']}"
+        if (known := self._state.setdefault(name, value)) != value:
+            where = f"height = {row['height']} and width = {row['width']} and num_frames = {row['num_frames']}"
             raise UserError(
-                f"--to: sample {row['sample_id']} has {value}, samples before it {known}, and this format holds one kind;"
-                f" make a release of one, with --where such as \"{shape} and plan_id = '{row['plan_id']}'\""
+                f"--release: {self._target.release} has samples of {name} {known} and {value}, and an LMDB is of one kind;"
+                f" make a release --where \"verdict = 'accepted' and {where} and plan_id = '{row['plan_id']}'\" and export"
+                " that"
             )
 
 
@@ -166,7 +167,7 @@ def from_noise(sample: StoredSample) -> Trajectory:
             states=np.concatenate([sample.noise()[None], path.states]),
             places=(0, *path.places),
             timesteps=(math.nan, *path.timesteps),
-            sigmas=(math.nan, *path.sigmas),
+            sigmas=(math.nan, *path.sigmas) if path.sigmas else (),
             steps=path.steps,
         )
     if path.places[-1] != path.steps:
@@ -174,7 +175,7 @@ def from_noise(sample: StoredSample) -> Trajectory:
             states=np.concatenate([path.states, sample.latents()[None]]),
             places=(*path.places, path.steps),
             timesteps=(*path.timesteps, 0.0),
-            sigmas=(*path.sigmas, 0.0),
+            sigmas=(*path.sigmas, 0.0) if path.sigmas else (),
             steps=path.steps,
         )
     return path

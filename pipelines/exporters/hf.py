@@ -7,7 +7,7 @@ Configs, each there where the dataset keeps it:
 
 - samples: rows of the release, without the references into the dataset's own shards.
 - videos, images: the media as they are stored, of the types Video and Image.
-- latents, trajectories: arrays of a fixed shape, Array3D to Array5D.
+- latents, noise, trajectories: arrays of a fixed shape, Array3D to Array5D.
 - embeddings: each distinct text of a split once, by the `text_id` and `negative_text_id` of a sample's `extra_json`;
   prompt_embeds [tokens, width] without padding, and what else a family takes.
 
@@ -18,7 +18,7 @@ holds one shape: others go to latents-2 and so on, in the order in which they co
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from pipelines.decisions import DECIDED
 from pipelines.exporters import Chunk, State, Target, samples_in
 from pipelines.exporters.features import Array, Feature, Media, Plain, schema_of, table_of
 from pipelines.exporters.hub_card import hub_card
-from pipelines.exporters.kept import kept_dtype, kept_nbytes, kept_tensor, text_dtype, text_ids
+from pipelines.exporters.rows import Role, kept_dtype, kept_media, kept_nbytes, kept_tensor, text_dtype, text_ids
 from pipelines.samples import StoredSample
 
 FILE_NBYTES = 512 << 20
@@ -94,18 +94,19 @@ class HubFolder:
         yield "samples", SAMPLES, {name: row[name] for name in SAMPLES}
         named = {"sample_id": row["sample_id"], "prompt": row["prompt"]}
         columns: Features = dict.fromkeys(named, STRING)
-        if row["media"]:
+        if kept_media(row):
             data, suffix = sample.media()
             kind = "video" if suffix == "mp4" else "image"
             media = {"caption": row["caption"], kind: {"bytes": data, "path": f"{row['sample_id']}.{suffix}"}}
             yield f"{kind}s", {**columns, "caption": STRING, kind: Media(kind.capitalize())}, named | media
-        if reference := kept_tensor(row, "latents"):
-            latents = sample.latents()
-            kept = Array(latents.shape, kept_dtype(reference))
-            yield "latents", {**columns, "latents": kept}, named | {"latents": latents}
+        kept: tuple[tuple[Role, Callable[[], np.ndarray]], ...] = (("latents", sample.latents), ("noise", sample.noise))
+        for role, read in kept:
+            if reference := kept_tensor(row, role):
+                array = read()
+                yield role, {**columns, role: Array(array.shape, kept_dtype(reference))}, named | {role: array}
         if reference := kept_tensor(row, "trajectory"):
             path = sample.trajectory()
-            features = {
+            features: dict[str, Feature] = {
                 "states": Array(path.states.shape, kept_dtype(reference)),
                 "places": Plain(pa.list_(pa.int32())),
                 "timesteps": FLOATS,
@@ -127,11 +128,15 @@ class HubFolder:
             if text_id and (key := bytes.fromhex(text_id)) not in known:
                 arrays = read()
                 features = {name: _text_feature(array, self._text_dtype) for name, array in sorted(arrays.items())}
-                yield "embeddings", {"text_id": STRING, "text": STRING, **features}, {
-                    "text_id": text_id,
-                    "text": text,
-                    **arrays,
-                }
+                yield (
+                    "embeddings",
+                    {"text_id": STRING, "text": STRING, **features},
+                    {
+                        "text_id": text_id,
+                        "text": text,
+                        **arrays,
+                    },
+                )
                 known.add(key)
 
     def _config(self, name: str, features: Features) -> str:

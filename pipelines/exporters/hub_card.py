@@ -17,6 +17,7 @@ SAYS = {
     "videos": "the encoded videos",
     "images": "the encoded images",
     "latents": "the final latents, scaled as `plan_json` of the sample says; C T H W, images C H W",
+    "noise": "what each sample started from, of the latents' shape",
     "trajectories": (
         "states of the teacher's path, S first: place 0 is the noise, k what step k starts from, `steps` the final"
         " latent; with the timestep and the sigma of each"

@@ -6,6 +6,7 @@
     <sample_id>.txt                   the caption, or the prompt where there is none
     <sample_id>.json                  where it comes from: the same keys and types in each
     <sample_id>.latent.npy            the final latent, [C, T, H, W] or [C, H, W]
+    <sample_id>.noise.npy             what it started from, of the same shape
     <sample_id>.trajectory.npy        states of its path [S, *latent_shape], and
     <sample_id>.trajectory.json       their places, timesteps and sigmas, as pipelines.samples.Trajectory names them
     <sample_id>.text.npy              prompt_embeds [tokens, width] without padding; what else a family takes comes by its
@@ -29,7 +30,7 @@ import orjson
 from infra.shard import TarWriter
 from infra.storage import replacing
 from pipelines.exporters import Chunk, State, Target, samples_in
-from pipelines.exporters.kept import kept_dtype, kept_nbytes, kept_tensor, text_dtype, text_ids
+from pipelines.exporters.rows import kept_dtype, kept_media, kept_nbytes, kept_tensor, text_dtype, text_ids
 from pipelines.samples import StoredSample
 from stages.write import SIDECAR
 
@@ -80,11 +81,13 @@ class Shards:
         row = sample.row
         yield "json", _provenance(sample)
         yield "txt", str(row["caption"] or row["prompt"]).encode()
-        if row["media"]:
+        if kept_media(row):
             data, suffix = sample.media()
             yield suffix, data
         if reference := kept_tensor(row, "latents"):
             yield "latent.npy", _npy(sample.latents().astype(kept_dtype(reference)))
+        if reference := kept_tensor(row, "noise"):
+            yield "noise.npy", _npy(sample.noise().astype(kept_dtype(reference)))
         if reference := kept_tensor(row, "trajectory"):
             path = sample.trajectory()
             yield "trajectory.npy", _npy(path.states.astype(kept_dtype(reference)))

@@ -9,8 +9,15 @@ from typing import Any, Literal
 from infra.storage import Storage
 from infra.tables import read_dataset_json
 
+Role = Literal["latents", "noise", "trajectory"]
 
-def kept_tensor(row: Mapping[str, Any], role: Literal["latents", "trajectory"]) -> Mapping[str, Any] | None:
+
+def kept_media(row: Mapping[str, Any]) -> bool:
+    """Whether the row's media are there: of what was rejected a preview may be all that is."""
+    return any(item["role"] != "preview" for item in row["media"] or ())
+
+
+def kept_tensor(row: Mapping[str, Any], role: Role) -> Mapping[str, Any] | None:
     """The row's reference to the tensor of this role; None where it was not kept."""
     return next((item for item in row["tensors"] or () if item["role"] == role), None)
 
