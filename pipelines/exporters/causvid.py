@@ -58,8 +58,8 @@ class OneLmdb:
             form, reference = "latents", kept_tensor(row, "latents")
         if reference is None:
             raise UserError(
-                f"--to: sample {row['sample_id']} keeps neither a trajectory nor latents; generate with recipe trajectory or"
-                " reflow, or with output.tensors: {latents: float16}"
+                f"--release: sample {row['sample_id']} ({row['verdict']}) keeps neither a trajectory nor latents; release"
+                " accepted samples of a dataset that keeps them (recipe trajectory or reflow, or output.tensors)"
             )
         self._same("tensors", f"{form} of {list(reference['shape'])}", row)
 
