@@ -24,7 +24,7 @@ from pipelines import export as exports
 from pipelines.export import export
 from pipelines.exporters import causvid, hf, webdataset
 from pipelines.release import read_release, release
-from pipelines.samples import StoredSample, Trajectory
+from pipelines.samples import StoredSample, Trajectory, read_samples
 
 STEPS, LATENT = 4, (3, 2, 4, 4)
 TIMESTEPS = (1000.0, 900.5, 750.25, 500.0, 0.0)
@@ -548,3 +548,50 @@ def test_rows_go_out_in_groups(shapes: Storage, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(hf, "GROUP_NBYTES", 1)
     export(shapes, "v1", "hf", str(tmp_path))
     assert pq.ParquetFile(tmp_path / "latents" / "train-000000.parquet").num_row_groups == 3
+
+
+# ---- of a dataset that the stages made
+
+
+@pytest.fixture(scope="module")
+def paths(generate_from: Callable[..., Path]) -> Storage:
+    """What the first, the second and the last of three steps made, and the texts."""
+    root = generate_from(
+        recipe="trajectory",
+        trajectory={"keep": [0, 1, -1], "convention": "after", "dtype": "float32"},
+        sampler={"num_inference_steps": 3},
+        output={"keep_rejected": "none"},
+    )
+    storage = Storage(str(root))
+    release(storage, "v1")
+    return storage
+
+
+def test_a_generated_dataset_is_exported_bit_for_bit(paths: Storage, tmp_path: Path, load: Callable[..., Any]) -> None:
+    made = list(read_samples(paths, "v1"))
+    assert 0 < len(made) < 6
+    for to in TO:
+        assert export(paths, "v1", to, str(tmp_path / to)).samples == len(made)
+    states = LmdbReader(tmp_path / "causvid-lmdb" / "lmdb")
+    tars = wds.WebDataset(sorted(map(str, (tmp_path / "webdataset").glob("*.tar"))), shardshuffle=False)
+    tar = {item["__key__"]: item for item in tars.decode()}
+    hub = {row["sample_id"]: row for row in of_splits(load(str(tmp_path / "hf"), "trajectories"))}
+    texts = {row["text_id"]: row for row in of_splits(load(str(tmp_path / "hf"), "embeddings"))}
+    assert len(made) == len(states) == len(tar) == len(hub)
+    for at, sample in enumerate(made):
+        name, path = str(sample.row["sample_id"]), sample.trajectory()
+        assert path.places == (1, 2, 3)
+        whole = np.concatenate([sample.noise()[None], path.states]).astype(np.float16)
+        assert np.array_equal(states[at][1], whole.swapaxes(1, 2))
+        assert np.array_equal(LmdbReader(tmp_path / f"self-forcing-lmdb/lmdb/shard_{at}")[0][1], whole.swapaxes(1, 2))
+        assert np.array_equal(tar[name]["trajectory.npy"], path.states)
+        assert np.array_equal(hub[name]["states"], path.states)
+        assert hub[name]["timesteps"].tolist() == np.float32(path.timesteps).tolist()
+        assert hub[name]["places"].tolist() == list(path.places)
+        embeds = sample.text()["prompt_embeds"]
+        assert np.array_equal(tar[name]["text.npy"], embeds)
+        assert np.array_equal(texts[json.loads(sample.row["extra_json"])["text_id"]]["prompt_embeds"], embeds)
+
+
+def of_splits(loaded: Any) -> list[Any]:
+    return [row for split in loaded.values() for row in split.with_format("numpy")]
