@@ -126,18 +126,14 @@ class HubFolder:
             (negative, sample.row["negative_prompt"], sample.negative_text),
         ):
             if text_id and (key := bytes.fromhex(text_id)) not in known:
-                arrays = read()
-                features = {name: _text_feature(array, self._text_dtype) for name, array in sorted(arrays.items())}
-                yield (
-                    "embeddings",
-                    {"text_id": STRING, "text": STRING, **features},
-                    {
-                        "text_id": text_id,
-                        "text": text,
-                        **arrays,
-                    },
-                )
+                arrays = {name: self._as_kept(array) for name, array in sorted(read().items())}
+                features = {name: _text_feature(array) for name, array in arrays.items()}
+                columns: Features = {"text_id": STRING, "text": STRING, **features}
+                yield "embeddings", columns, {"text_id": text_id, "text": text} | arrays
                 known.add(key)
+
+    def _as_kept(self, array: np.ndarray) -> np.ndarray:
+        return array.astype(self._text_dtype) if array.dtype.kind == "f" else array
 
     def _config(self, name: str, features: Features) -> str:
         """The config that holds these columns: the name itself, or with a number where it holds others."""
@@ -188,11 +184,10 @@ def _nbytes(value: Any) -> int:
     return value.nbytes if isinstance(value, np.ndarray) else len(value) if isinstance(value, bytes) else 0
 
 
-def _text_feature(array: np.ndarray, dtype: str) -> Feature:
-    dtype = dtype if array.dtype.kind == "f" else str(array.dtype)
+def _text_feature(array: np.ndarray) -> Feature:
     if array.ndim == 1:
-        return Plain(pa.list_(pa.from_numpy_dtype(dtype)))
-    return Array((None, *array.shape[1:]), dtype)
+        return Plain(pa.list_(pa.from_numpy_dtype(array.dtype)))
+    return Array((None, *array.shape[1:]), str(array.dtype))
 
 
 def _texts(out: Path, before: int) -> dict[str, set[bytes]]:

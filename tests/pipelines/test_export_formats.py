@@ -511,6 +511,22 @@ def test_hub_folder_holds_each_text_once(shapes: Storage, tmp_path: Path, load: 
             assert np.array_equal(row["pooled"], text["pooled"])
 
 
+def test_texts_are_of_the_type_that_the_dataset_keeps(
+    shapes: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]
+) -> None:
+    for module in (hf, webdataset):
+        monkeypatch.setattr(module, "text_dtype", lambda storage: "float16")
+    export(shapes, "v1", "hf", str(tmp_path / "hub"))
+    export(shapes, "v1", "webdataset", str(tmp_path / "tars"))
+    text = next(one for one in samples(shapes) if one.row["split"] == "train").text()
+    row = next(iter(load(str(tmp_path / "hub"), "embeddings", split="train").with_format("arrow").iter(1)))
+    item = next(iter(wds.WebDataset(str(tmp_path / "tars" / "train-000000.tar"), shardshuffle=False).decode()))
+    assert row.schema.field("pooled").type.value_type == "halffloat" and item["pooled.npy"].dtype == np.float16
+    half = text["pooled"].astype(np.float16)
+    assert np.array_equal(row["pooled"][0].values.to_numpy(), half) and np.array_equal(item["pooled.npy"], half)
+    assert item["promptembedsmask.npy"].dtype == np.int64
+
+
 def test_hub_folder_keeps_shapes_apart(
     shapes: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]
 ) -> None:
