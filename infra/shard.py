@@ -16,7 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 
 BLOCK = tarfile.BLOCKSIZE
-MEMBER = re.compile(r"[a-z0-9_-]+\.(((trajectory|noise)\.)?safetensors(\.zst)?|[a-z0-9]+)")
+MEMBER = re.compile(
+    r"[a-z0-9_-]+\.(((trajectory|noise)\.)?safetensors(\.zst)?|[a-z0-9]+\.npy|trajectory\.json|[a-z0-9]+)"
+)
 """A key and a suffix. Loaders take what comes after the first dot as the kind of a member."""
 LONGEST_NAME = 100  # of the USTAR name field
 
