@@ -360,6 +360,28 @@ def export(
 
 
 @app.command()
+def distill(
+    dataset: Dataset,
+    release: Annotated[str, typer.Option(help="Which release to learn from.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the student; running it again goes on.", show_default=False)],
+    method: Annotated[str | None, typer.Option(help="reflow, trajectory or consistency.")] = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="Settings as a YAML file.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates of the weights.")] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="Stop after so long; the student so far is written.")] = 1e9,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a student of fewer steps with DeepSpeed, and compare it with its teacher."""
+    worker_environment()
+    from flows.distill import run_distill, told
+    from pipelines.distill_settings import load_settings
+
+    settings = load_settings(config, overrides or [], method=method, steps=steps)
+    made = run_distill(stored_dataset(dataset), release, settings, out.expanduser().resolve(), minutes, as_json)
+    print(json.dumps(made, indent=2) if as_json else printable(told(made)))
+
+
+@app.command()
 def models(as_json: AsJson = False) -> None:
     """What can be loaded, and what each family supports."""
     from models.families import table

@@ -1,1 +1,1 @@
-"""Students of fewer steps: one file a method, each a loss over what a teacher's dataset holds, and the trainer of them all."""
+"""Students of fewer steps: one file a method, a loss over what a teacher's dataset holds, and the trainer of all."""

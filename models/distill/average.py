@@ -49,7 +49,9 @@ def masters(engine: Any) -> list[torch.Tensor]:
     for name in _MASTERS:
         if found := getattr(engine.optimizer, name, None):
             return list(found)
-    raise RuntimeError(f"{type(engine.optimizer).__name__} of this DeepSpeed keeps its float32 weights under no known name")
+    raise RuntimeError(
+        f"{type(engine.optimizer).__name__} of this DeepSpeed keeps its float32 weights under no known name"
+    )
 
 
 def full_weights(engine: Any, module: nn.Module) -> dict[str, torch.Tensor]:

@@ -73,7 +73,9 @@ class TrainerConfig:
         """Learning rate at step `step` of a phase: a linear warm-up, then a cosine that ends at the floor."""
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
         done = max(0, step - self.warmup_steps) / max(1, steps - self.warmup_steps)
-        return self.learning_rate * warm * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2)
+        return (
+            self.learning_rate * warm * (self.floor + (1 - self.floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2)
+        )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ DATA = REPO / "tests" / "data"
 
 COMMANDS = (
     "make", "init", "plan", "run", "status", "stop", "report", "verify", "regenerate", "annotate", "release", "export",
-    "models", "vacuum", "bench",
+    "distill", "models", "vacuum", "bench",
 )  # fmt: skip
 
 

@@ -1,0 +1,149 @@
+"""Batches of a release for one rank: shuffled, without end, and the same from any step on.
+
+Rows are shuffled in a window that slides over the release; tensors are read when a sample is drawn. To go on from a step is
+to draw as many rows again and to read nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from infra.errors import UserError
+from pipelines.samples import StoredSample, Trajectory
+
+AHEAD = 4
+"""Batches that are read while the student trains."""
+
+Samples = Callable[[], Iterator[StoredSample]]
+"""The samples of one rank, from the first."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a method reads of a sample."""
+
+    model_sha256: str
+    text_length: int
+    """Tokens that embeddings are padded to with zeros, as the teacher saw them."""
+    places: tuple[int, ...] | None
+    """States of the path, 0 first; None for none."""
+    steps: int = 0
+    """Of the teacher, the last place."""
+
+
+def drawn(samples: Samples, split: str, seed: int, window: int) -> Iterator[StoredSample]:
+    """Samples of a split in random order, epoch after epoch; each once an epoch."""
+    epoch = 0
+    while True:
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 1, epoch])))
+        waiting: list[StoredSample] = []
+        found = False
+        for sample in samples():
+            if sample.row["split"] != split:
+                continue
+            found = True
+            waiting.append(sample)
+            if len(waiting) > window:
+                yield _take(waiting, rng)
+        while waiting:
+            yield _take(waiting, rng)
+        if not found:
+            raise UserError(
+                f"--release: it has no samples of split {split} for one of the processes; make a larger one"
+            )
+        epoch += 1
+
+
+def _take(waiting: list[StoredSample], rng: np.random.Generator) -> StoredSample:
+    at = int(rng.integers(len(waiting)))
+    waiting[at], waiting[-1] = waiting[-1], waiting[at]
+    return waiting.pop()
+
+
+def batches(order: Iterator[StoredSample], wanted: Wanted, size: int, skipped: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches after the first `skipped`, each read by a thread while those before it are used: see `read`."""
+    ready: queue.Queue[Any] = queue.Queue(AHEAD)
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            for _ in range(skipped * size):
+                next(order)
+            while not ended.is_set():
+                put(read([next(order) for _ in range(size)], wanted))
+        except BaseException as error:
+            put(error)
+
+    def put(item: Any) -> None:
+        while not ended.is_set():
+            try:
+                ready.put(item, timeout=0.5)
+                return
+            except queue.Full:
+                continue
+
+    threading.Thread(target=work, name="read batches", daemon=True).start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()
+
+
+def read(samples: Sequence[StoredSample], wanted: Wanted) -> dict[str, np.ndarray]:
+    """noise, latents [B, *latent_shape], prompt_embeds [B, text_length, width], and states [B, S, *latent_shape] if wanted;
+    all float32. UserError where a sample is not the teacher's or lacks any of them."""
+    columns: dict[str, list[np.ndarray]] = {}
+    for sample in samples:
+        if sample.row["model_sha256"] != wanted.model_sha256:
+            raise UserError(
+                f"--release: {sample.row['sample_id']} was made by another model ({sample.row['model']}); a student has one"
+                " teacher: make a release of its samples alone, --where \"model_sha256 = '...'\""
+            )
+        one = {"noise": sample.noise(), "latents": sample.latents()}
+        one["prompt_embeds"] = padded(sample.text()["prompt_embeds"], wanted.text_length)
+        if wanted.places is not None:
+            one["states"] = states(sample.trajectory(), one, wanted)
+        for name, value in one.items():
+            columns.setdefault(name, []).append(value)
+    shapes = {value.shape for value in columns["latents"]}
+    if len(shapes) > 1:
+        raise UserError(
+            f"--release: its latents have several shapes ({', '.join(map(str, sorted(shapes)))}); make a release of one"
+        )
+    return {name: np.stack(values) for name, values in columns.items()}
+
+
+def states(trajectory: Trajectory, ends: dict[str, np.ndarray], wanted: Wanted) -> np.ndarray:
+    """The states at the wanted places; the first and the last are the noise and the latent even if they were not kept."""
+    kept = dict(zip(trajectory.places, trajectory.states, strict=True))
+    kept.setdefault(0, ends["noise"])
+    kept.setdefault(trajectory.steps, ends["latents"])
+    places = wanted.places or ()
+    if trajectory.steps != wanted.steps or not kept.keys() >= set(places):
+        raise UserError(
+            f"trajectory.places: expected states {list(places)} of {wanted.steps} steps, found {sorted(kept)} of"
+            f" {trajectory.steps}; choose places that are kept, or a release of one plan"
+        )
+    return np.stack([kept[place] for place in places])
+
+
+def padded(embeds: np.ndarray, length: int) -> np.ndarray:
+    """[length, width] of [tokens, width]: cut, or filled with zeros."""
+    embeds = embeds[:length]
+    return np.pad(embeds, ((0, length - len(embeds)), (0, 0))).astype(np.float32)
+
+
+def text_length(row: Mapping[str, Any]) -> int:
+    """Tokens that a row's sample was conditioned on."""
+    return int(json.loads(row["plan_json"])["max_sequence_length"])
