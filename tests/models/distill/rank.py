@@ -1,4 +1,4 @@
-"""One rank of a training on made-up batches, as a script: python rank.py JOB.json"""
+"""One rank of trainings on made-up batches, one after the other, as a script: python rank.py JOB.json..."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 
-def main(job: dict[str, Any]) -> None:
+def main(jobs: list[dict[str, Any]]) -> None:
+    import torch
+
+    from models.distill.trainer import join_group
+
+    torch.set_num_threads(1)
+    device = join_group()
+    for job in jobs:
+        train(job, device)
+
+
+def train(job: dict[str, Any], device: Any) -> None:
     import torch
     from safetensors.torch import save_file
     from torch import distributed
@@ -20,11 +31,9 @@ def main(job: dict[str, Any]) -> None:
     from models.distill.consistency import Consistency
     from models.distill.reflow import Reflow, Straight
     from models.distill.student import Batch, Denoiser
-    from models.distill.trainer import Phase, Trainer, TrainerConfig, draws, join_group
+    from models.distill.trainer import Phase, Trainer, TrainerConfig, draws
     from models.distill.trajectory import Trajectory
 
-    torch.set_num_threads(1)
-    device = join_group()
     config = TrainerConfig(**job["config"])
     autocast = torch.bfloat16 if config.precision == "autocast" else None
     model = Denoiser(tiny_transformer(), autocast)
@@ -47,7 +56,7 @@ def main(job: dict[str, Any]) -> None:
             sigmas, timesteps = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([999.0, 500.0, 0.0])
             yield Batch(noise, latents, text, states, sigmas, timesteps)
             step += 1
-            if step // config.accumulate == job.get("killed_at") and rank == job.get("killed_rank", 0):
+            if rank == 0 and step // config.accumulate == job["killed_at"]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     losses: list[float] = []
@@ -82,4 +91,4 @@ def tiny_transformer() -> Any:
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    main([json.loads(Path(path).read_text()) for path in sys.argv[1:]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,37 @@ REPO = Path(__file__).parents[3]
 RANK = Path(__file__).parent / "rank.py"
 
 
-def train(folder: Path, method: str, world: int = 2, killed_at: int | None = None, **config: Any) -> Ended:
-    folder.mkdir(exist_ok=True)
-    config = {"batch_size": 2, "checkpoint_steps": 2, "log_steps": 1, "learning_rate": 1e-3, "warmup_steps": 2} | config
-    job = folder / "job.json"
-    job.write_text(json.dumps({"method": method, "folder": str(folder), "killed_at": killed_at, "config": config}))
-    path = {"PYTHONPATH": str(REPO), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    return run_ranks([sys.executable, str(RANK), str(job)], world, lambda line: None, path)
+JOBS: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero-1": ("trajectory", {"zero": 1}),
+    "zero-2": ("trajectory", {"zero": 2}),
+    "zero-3": ("trajectory", {"zero": 3}),
+    "consistency": ("consistency", {"zero": 2, "accumulate": 2}),
+    "reflow": ("reflow", {"zero": 3, "precision": "bfloat16", "accumulate": 2}),
+}
+SETTINGS = {"batch_size": 2, "checkpoint_steps": 2, "log_steps": 1, "learning_rate": 1e-3, "warmup_steps": 2}
+
+
+def train(folder: Path, *names: str, killed_at: int | None = None) -> Ended:
+    """These jobs, one after the other, on two ranks."""
+    jobs: list[str] = []
+    for name in names:
+        method, config = JOBS[name]
+        (folder / name).mkdir(exist_ok=True)
+        path = folder / f"{name}.json"
+        job = {"method": method, "folder": str(folder / name), "killed_at": killed_at, "config": SETTINGS | config}
+        path.write_text(json.dumps(job))
+        jobs.append(str(path))
+    environment = {"PYTHONPATH": str(REPO), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    return run_ranks([sys.executable, str(RANK), *jobs], 2, lambda line: None, environment)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All jobs, uninterrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    ended = train(folder, *JOBS)
+    assert ended.code == 0, ended.tail
+    return folder
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
@@ -36,11 +61,8 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "weights.safetensors")
 
 
-def test_zero_1_2_and_3_on_two_ranks_train_the_same_student(tmp_path: Path) -> None:
-    for stage in (1, 2, 3):
-        ended = train(tmp_path / str(stage), "trajectory", zero=stage)
-        assert ended.code == 0, ended.tail
-    one, two, three = (weights(tmp_path / str(stage)) for stage in (1, 2, 3))
+def test_zero_1_2_and_3_on_two_ranks_train_the_same_student(whole: Path) -> None:
+    one, two, three = (weights(whole / f"zero-{stage}") for stage in (1, 2, 3))
     assert sum("average/" in name for name in one) == sum("last/" in name for name in one) > 20
     assert any((one[name] != one[name.replace("last/", "average/")]).any() for name in one if "last/" in name)
     for name, value in one.items():
@@ -48,26 +70,19 @@ def test_zero_1_2_and_3_on_two_ranks_train_the_same_student(tmp_path: Path) -> N
         np.testing.assert_allclose(three[name], value, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("method", "zero", "precision", "world"),
-    [("consistency", 2, "float32", 2), ("reflow", 3, "bfloat16", 2), ("trajectory", 1, "autocast", 1)],
-)
-def test_a_killed_training_ends_bit_for_bit_where_an_uninterrupted_one_does(
-    tmp_path: Path, method: str, zero: int, precision: str, world: int
-) -> None:
-    settings = {"zero": zero, "precision": precision, "accumulate": 2, "world": world}
-    whole = train(tmp_path / "whole", method, **settings)
-    assert whole.code == 0, whole.tail
-    killed_at = 3 + os.urandom(1)[0] % 4
-    killed = train(tmp_path / "killed", method, killed_at=killed_at, **settings)
-    assert killed.code == -9
-    assert json.loads((tmp_path / "killed" / "state" / "latest.json").read_text())["step"] >= 2
-    resumed = train(tmp_path / "killed", method, **settings)
+def test_killed_trainings_end_bit_for_bit_where_uninterrupted_ones_do(whole: Path, tmp_path: Path) -> None:
+    names = ("consistency", "reflow")
+    for name in names:
+        killed = train(tmp_path, name, killed_at=3 + os.urandom(1)[0] % 4)
+        assert killed.code == -signal.SIGKILL, killed.tail
+        assert json.loads((tmp_path / name / "state" / "latest.json").read_text())["step"] in (2, 4, 6)
+        assert not (tmp_path / name / "weights.safetensors").exists()
+    resumed = train(tmp_path, *names)
     assert resumed.code == 0, resumed.tail
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert expected.keys() == found.keys()
-    different = [name for name, value in expected.items() if not np.array_equal(value, found[name])]
-    assert not different, f"killed before step {killed_at}"
+    for name in names:
+        expected, found = weights(whole / name), weights(tmp_path / name)
+        assert expected.keys() == found.keys()
+        assert not [weight for weight, value in expected.items() if not np.array_equal(value, found[weight])], name
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
