@@ -146,7 +146,7 @@ $(CORE):
 
 $(TEST): | $(CORE)
 	$(call step,Installing $$(grep -c == requirements-test.lock) packages for the tests)
-	@$(PIP) install --no-deps -r requirements-test.lock
+	@DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation -r requirements-test.lock
 	@rm -f $(VENV)/.installed-test-* && touch $@
 
 # Apart, so that all but the tests that need it have the Ray that most users have: the whole one starts more for each session.

@@ -10,6 +10,7 @@ its CPU build and named without a build, so that the same lock serves machines w
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,12 +33,16 @@ TORCH_REQUIRES = (
 )
 """What the CPU build of torch 2.13 requires, on every Python."""
 
+FROM_SOURCE = ("deepspeed",)
+"""Packages that have no wheels. With DS_BUILD_OPS=0 DeepSpeed compiles nothing."""
+
 
 def main(interpreters: list[str]) -> None:
     """Resolve for `interpreters` (names or paths, oldest Python first) and write both files here."""
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     core_roots = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
-    extras = {name: project["project"]["optional-dependencies"][name] for name in ("test", "telemetry")}
+    optional = project["project"]["optional-dependencies"]
+    extras = {"test": [*optional["test"], *optional["train"]], "telemetry": optional["telemetry"]}
     core: dict[str, Versions] = {}
     besides: dict[str, dict[str, Versions]] = {name: {} for name in extras}
     pinned: Versions = {}
@@ -66,6 +71,7 @@ def resolve(interpreter: str, requirements: list[str], pinned: Versions) -> Vers
         _stand_in_for_torch(Path(folder), requirements)
         command = [sys.executable, "-m", "pip", "--python", interpreter, "install", "--quiet", "--dry-run"]
         command += ["--ignore-installed", "--only-binary=:all:", "--find-links", folder]
+        command += [option for name in FROM_SOURCE for option in ("--no-binary", name)]
         _run([*command, "--constraint", str(constraints), "--report", str(report), *requirements])
         found = [item["metadata"] for item in json.loads(report.read_text(encoding="utf-8"))["install"]]
     versions = {re.sub(r"[-_.]+", "-", item["name"]).lower(): item["version"].partition("+")[0] for item in found}
@@ -96,7 +102,8 @@ def _stand_in_for_torch(folder: Path, requirements: list[str]) -> None:
 
 
 def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    environment = {**os.environ, "DS_BUILD_OPS": "0"}
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ TELEMETRY = _locked("requirements.lock", "requirements-telemetry.lock")
 @pytest.mark.parametrize(
     ("requirement", "locked"),
     [(item, CORE) for item in PROJECT["dependencies"]]
-    + [(item, ALL) for item in PROJECT["optional-dependencies"]["test"]]
+    + [(item, ALL) for name in ("test", "train") for item in PROJECT["optional-dependencies"][name]]
     + [(item, TELEMETRY) for item in PROJECT["optional-dependencies"]["telemetry"]],
     ids=lambda value: value if isinstance(value, str) else "",
 )

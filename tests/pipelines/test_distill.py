@@ -84,6 +84,11 @@ def test_a_student_is_trained_killed_trained_on_and_runs_as_a_checkpoint(storage
     with (out / "loss.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [1, 2, 4, 6]
 
+    uninterrupted = tmp_path / "uninterrupted"
+    assert train(prepare(storage, "v1", settings(), uninterrupted), uninterrupted, 60.0, command=command) == 6
+    average = Path("weights", "average.safetensors")
+    assert (out / average).read_bytes() == (uninterrupted / average).read_bytes()
+
     found = publish(job, out, 6)
     assert found is not None
     assert (found.samples, found.nfe, found.accuracy) == (3, {"teacher": 8.0, "student": 2.0}, None)
