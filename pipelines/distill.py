@@ -47,6 +47,7 @@ class Job:
     """As the dataset names it."""
     teacher_path: str
     teacher_sha256: str
+    teacher_guidance_scale: float
     settings: dict[str, Any]
     num_inference_steps: int
     shift: float | None
@@ -123,6 +124,7 @@ def prepare(storage: Storage, release: str, settings: Distill, out: Path) -> Job
         teacher=row["model"],
         teacher_path=path,
         teacher_sha256=row["model_sha256"],
+        teacher_guidance_scale=row["guidance_scale"],
         settings=settings.model_dump(mode="json"),
         num_inference_steps=steps,
         shift=shift,
@@ -220,6 +222,7 @@ def assemble(job: Job, out: Path, trained: int) -> None:
     facts = {
         "teacher": job.teacher,
         "teacher_sha256": job.teacher_sha256,
+        "teacher_guidance_scale": job.teacher_guidance_scale,
         "method": settings.method,
         "num_inference_steps": job.num_inference_steps,
         "guidance_scale": 1,
