@@ -125,7 +125,7 @@ def test_init_writes_a_json_schema(tmp_path: Path) -> None:
         (["plan", "s.yaml", "--set", "layout.parallel={vae: 2}"], "vae"),
         (["plan", "s.yaml", "--set", "layout.parallel={ulysses: 64}"], "64 ranks for"),
         (["plan", "s.yaml", "--set", "buckets=[{height: 33, width: 64}]"], "buckets"),
-        (["plan", "s.yaml", "--set", "recipe=reflow"], "recipe"),
+        (["plan", "s.yaml", "--set", "recipe=curate"], "recipe"),
         (["verify", "/nowhere/at/all"], "dataset.json"),
         (["annotate", "V1"], "--judge"),
         (["annotate", "V1", "--labels", "nowhere.csv"], "nowhere.csv"),
