@@ -135,7 +135,7 @@ def phases(job: Job, target: Target | None = None) -> tuple[Phase, ...]:
     settings, scheduler = job.config, student_scheduler(load_scheduler(job.teacher_path), job.shift)
     if settings.method == "trajectory":
         said = settings.trajectory
-        return (Phase("trajectory", settings.steps, Trajectory(said.weight, said.distance, said.huber)),)
+        return (Phase("trajectory", settings.steps, Trajectory(said.weight, said.own, said.distance, said.huber)),)
     if settings.method == "consistency":
         assert target is not None
         line = Schedule.of(scheduler, settings.consistency.pieces)

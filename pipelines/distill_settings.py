@@ -32,8 +32,16 @@ class ReflowSection(Section):
 class TrajectorySection(Section):
     """From one kept state of the teacher's path to the next."""
 
-    weight: Literal["uniform", "state"] = Field(
-        "uniform", description="state: errors of velocities count as far as their step goes."
+    weight: Literal["uniform", "state", "signal"] = Field(
+        "uniform",
+        description="What is measured: uniform, velocities; state, the states that they lead to; signal, these over their "
+        "share of the clean latent.",
+    )
+    own: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of samples that start from the student's own state instead of the teacher's.",
     )
     places: tuple[int, ...] | None = Field(
         None, min_length=2, description="States to step between; left out, num_inference_steps or else all kept ones."

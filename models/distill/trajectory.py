@@ -15,13 +15,24 @@ import torch
 from models.distill.distance import HUBER, Distance, distances
 from models.distill.student import Batch, Student, evenly, over
 
+Weight = Literal["uniform", "state", "signal"]
+
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One step of each sample. `weight: state` measures the state that is reached instead of the velocity: a velocity's
-    difference counts as far as its step goes, |s_{i+1} - s_i| relative to the mean step."""
+    """One step of each sample.
 
-    weight: Literal["uniform", "state"] = "uniform"
+    `weight` says what is measured: `uniform` the velocity; `state` the state that is reached, where a velocity's difference
+    counts as far as its step goes, |s_{i+1} - s_i|; `signal` the same over 1 - s_{i+1}, the share of the clean latent in
+    that state: what a difference comes to at the end, if nothing mends it. Early states are nearly noise, so that a small
+    difference there is a large one of the clip.
+
+    `own` is the share of samples that start from the state which the student itself has reached from their noise, and aim
+    at the teacher's next one all the same: it learns to come back to the path.
+    """
+
+    weight: Weight = "uniform"
+    own: float = 0.0
     distance: Distance = "squared"
     huber: float = HUBER
 
@@ -30,8 +41,27 @@ class Trajectory:
         rows, steps = torch.arange(len(states)), len(sigmas) - 1
         at = torch.from_numpy((evenly(rng, len(states)) * steps).astype(np.int64).clip(0, steps - 1))
         here, step = states[rows, at], (sigmas.diff())[at]
+        if self.own:
+            own = torch.from_numpy(evenly(rng, len(states)) < self.own)
+            here = torch.where(over(own, here) > 0, _reached(student, batch, at), here)
         target = (states[rows, at + 1] - here) / over(step, here)
         difference = student(here, timesteps[at], batch.prompt_embeds) - target
-        if self.weight == "state":
-            difference = difference * over(step * steps / (sigmas[-1] - sigmas[0]), here)
+        if self.weight != "uniform":
+            far = sigmas.diff() if self.weight == "state" else sigmas.diff() / (1 - sigmas[1:])
+            difference = difference * over((far / far.mean())[at], here)
         return distances(difference, self.distance, self.huber).mean()
+
+
+@torch.no_grad()
+def _reached(student: Student, batch: Batch, at: torch.Tensor) -> torch.Tensor:
+    """[B, *latent_shape]: where the student is after `at` steps of its own. Every rank asks it equally often, as ZeRO-3
+    needs."""
+    states, sigmas, timesteps = batch.path()
+    here = states[:, 0].clone()
+    for step in range(len(sigmas) - 2):
+        rows = torch.nonzero(at > step).flatten()
+        rows = rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=at.device)
+        velocity = student(here[rows], timesteps[step].expand(len(rows)), batch.prompt_embeds[rows])
+        reached = here[rows] + (sigmas[step + 1] - sigmas[step]) * velocity
+        here[rows] = torch.where(over(at[rows] > step, reached) > 0, reached, here[rows])
+    return here
