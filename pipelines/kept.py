@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from models.path import places_of
 from stages.tensors import KeptStates
+from stages.write import TOLD
 
 if TYPE_CHECKING:
     from pipelines.spec import Spec
@@ -33,6 +37,21 @@ def kept_states(spec: Spec) -> KeptStates | None:
         return None
     places = places_of(asked.keep, asked.convention, spec.sampler.num_inference_steps)
     return KeptStates(asked.keep, asked.convention, places, asked.dtype)
+
+
+def told(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What `extra_json` of a row holds by the names of `TOLD`, without a user's own columns of these names.
+
+    Datasets that keep no texts hold such columns as they came; there a text's id is known by its form alone.
+    """
+    said: dict[str, Any] = json.loads(row["extra_json"] or "{}")
+    if row["recipe"] == "synthetic":
+        return {name: value for name in ("text_id", "negative_text_id") if _is_id(value := said.get(name))}
+    return {name: said[name] for name in TOLD if name in said}
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{32}", value) is not None
 
 
 def check_recipe(spec: Spec) -> None:

@@ -21,6 +21,7 @@ from infra.tables import Table
 from models.loading import GeneratorRef, TeacherRef
 from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
+from pipelines.kept import told
 from stages.batch import Batch, texts
 from stages.decode import DecodeLatents
 from stages.encode import EncodeText
@@ -117,7 +118,7 @@ def _row(storage: Storage, sample_id: str) -> Row:
 
 def _generator(storage: Storage, row: Row) -> GeneratorRef:
     """The checkpoint of a row, which must be the very one."""
-    settings = _spec_generator(storage, row)
+    settings = generator_settings(storage, row)
     folder = resolve(row["model"], "generator", settings.get("revision"))
     _check_content(row["model"], folder, row["model_sha256"])
     adapters = []
@@ -154,7 +155,7 @@ def _check_content(uri: str, path: str, expected: str) -> None:
         )
 
 
-def _spec_generator(storage: Storage, row: Row) -> Mapping[str, Any]:
+def generator_settings(storage: Storage, row: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the spec of the row's run says of its generator."""
     runs = Table(storage, "runs").read(["spec_json"], pc.field("run_id") == row["run_id"])["spec_json"].to_pylist()
     for text in runs:
@@ -194,8 +195,8 @@ def _make(row: Row, generator: GeneratorRef) -> Batch:
         batch[name] = np.array([row[name]], np.int64)
     for name in ("error_type", "error", "error_stage", "licence"):
         batch[name] = texts([""])
-    said = json.loads(row["extra_json"] or "{}")
-    states = (said.get("trajectory") or {}).get("places", ()) if row["recipe"] == "trajectory" else ()
+    said = told(row)
+    states = said.get("trajectory", {}).get("places", ())
     encode = EncodeText(*settings, keep_text="float32" if "text_id" in said else "")
     rest = (
         (SampleLatents(*settings, keep=tuple(states)), DecodeLatents(*settings)) if row["recipe"] != "prompts" else ()
@@ -267,7 +268,7 @@ def _compare_text(storage: Storage, row: Row, batch: Batch) -> str:
     """Whether its texts have the ids that they had, which name the encoder's content, and the values."""
     from infra.shard import read_arrays, safetensors_of
 
-    said, compared = json.loads(row["extra_json"] or "{}"), "not stored"
+    said, compared = told(row), "not stored"
     for name in ("text", "negative_text"):
         text_id = said.get(f"{name}_id")
         rows = Table(storage, "embeddings").read(["tensors"], pc.field("text_id") == text_id) if text_id else None

@@ -19,6 +19,7 @@ from infra.storage import Storage
 from infra.tables import Table
 from models.noise import noise_sha256, standard_normal
 from pipelines.idset import IdSet
+from pipelines.kept import told
 from pipelines.release import Released, read_release
 
 TEXTS_HELD = 32
@@ -63,7 +64,7 @@ class StoredSample:
     def noise(self) -> np.ndarray:
         """The noise it started from, float32 of the same shape, drawn from its key and held to its recorded sha256."""
         noise = standard_normal(self.row["noise_key"], self._latent_shape)
-        said = self._extra.get("noise_sha256")
+        said = self._told.get("noise_sha256")
         if said is not None and noise_sha256(noise) != said:
             raise UserError(f"sample {self._id}: its noise, drawn again, has not the recorded sha256; `ditmill verify`")
         return noise
@@ -71,7 +72,7 @@ class StoredSample:
     def trajectory(self) -> Trajectory:
         """The kept states of its path. UserError where the dataset keeps none."""
         states = self._array("trajectory")
-        said = self._extra["trajectory"]
+        said = self._told["trajectory"]
         return Trajectory(
             states=states,
             places=tuple(said["places"]),
@@ -83,13 +84,13 @@ class StoredSample:
     def text(self) -> Mapping[str, np.ndarray]:
         """What the denoiser was conditioned on, unpadded: `prompt_embeds` [tokens, width] float32 and whatever else its
         family takes, by the pipeline's argument, without the batch axis. UserError where the dataset keeps none."""
-        if (text_id := self._extra.get("text_id")) is None:
+        if (text_id := self._told.get("text_id")) is None:
             raise self._lacks("text_embeddings")
         return _text(self.storage, text_id)
 
     def negative_text(self) -> Mapping[str, np.ndarray]:
         """The same of its negative prompt, by the same names (no prefix); empty where it was sampled without guidance."""
-        text_id = self._extra.get("negative_text_id")
+        text_id = self._told.get("negative_text_id")
         return {} if text_id is None else _text(self.storage, text_id)
 
     def media(self) -> tuple[bytes, str]:
@@ -104,8 +105,8 @@ class StoredSample:
         return str(self.row["sample_id"])
 
     @cached_property
-    def _extra(self) -> dict[str, Any]:
-        return dict(json.loads(self.row["extra_json"] or "{}"))
+    def _told(self) -> dict[str, Any]:
+        return told(self.row)
 
     @property
     def _latent_shape(self) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from infra.tables import Table, dataset_exists
 from models.noise import noise_key, noise_sha256, standard_normal
 from pipelines.enumeration import Enumeration
 from pipelines.idset import IdSet
+from pipelines.kept import told
 from pipelines.release import list_releases
 from pipelines.samples import latent_shape
 
@@ -201,7 +202,7 @@ def _distilling(storage: Storage, run_id: str | None, read: bool, broken: Broken
         return  # what a part that is lost held cannot be known
     columns = ["sample_id", "recipe", "noise_key", "tensors", "plan_json", "extra_json"]
     for row in _each(_read(storage, "samples", columns, broken, where)):
-        said = json.loads(row["extra_json"] or "{}") if row["recipe"] != "synthetic" or len(known) else {}
+        said = told(row) if row["recipe"] != "synthetic" or len(known) else {}
         named = [said[name] for name in ("text_id", "negative_text_id") if name in said]
         for text_id, found in zip(named, known.contains(named), strict=True):
             if not found:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from infra.media import Encoded
 
 VALIDATION_SHARE = 0.02
+TOLD = ("noise_sha256", "text_id", "negative_text_id", "trajectory")
+"""What recipes for distillation tell of a sample in `extra_json`, in the place of a user's columns of these names."""
 
 Row = dict[str, Any]
 
@@ -312,8 +314,7 @@ class _Written:
 
     def _distilling(self, at: int, facts: GeneratorFacts) -> tuple[tuple[str, str], ...]:
         """What recipes for distillation tell of a sample, as names and JSON."""
-        names = ("noise_sha256", "text_id", "negative_text_id")
-        said = {name: json.dumps(value) for name in names if (value := self._text(at, name))}
+        said = {name: json.dumps(value) for name in TOLD[:-1] if (value := self._text(at, name))}
         if self.stage.trajectory is not None:
             plan = json.loads(self._text(at, "plan_json") or "{}")
             said["trajectory"] = json.dumps(self.stage.trajectory.facts(plan, facts.num_inference_steps))
@@ -343,6 +344,8 @@ def _extra(text: str, licence: str, decomposed: str, more: tuple[tuple[str, str]
     extra = {**json.loads(text or "{}"), **({"licence": licence} if licence else {})}
     if decomposed:
         extra["decomposed"] = json.loads(decomposed)
+    if more:
+        extra = {name: value for name, value in extra.items() if name not in TOLD}
     extra |= {name: json.loads(value) for name, value in more}
     return json.dumps(extra, ensure_ascii=False, sort_keys=True)
 

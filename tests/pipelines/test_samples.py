@@ -391,3 +391,23 @@ def test_a_trajectory_run_that_ended_early_goes_on_and_verifies(tmp_path, run):
     assert len(ids) == len(set(ids)) == 5  # four prompts and the empty negative one
     release(Storage(str(root)), "r1")
     assert all(sample.trajectory().places == (0, 1, 3, 4) for sample in read_samples(Storage(str(root)), "r1"))
+
+
+@pytest.mark.parametrize("recipe", ["synthetic", "reflow"])
+def test_columns_of_a_user_by_the_names_of_ours_are_no_texts(recipe, generate_from, tmp_path):
+    named = {"text_id": 7, "negative_text_id": "x", "noise_sha256": "y", "trajectory": [1]}
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"a red cat {at}", **named}) + "\n" for at in range(3)))
+    output = {**KEPT, "tensors": {"latents": "float32"}}
+    storage = Storage(str(generate_from(**OPEN, recipe=recipe, prompts={"path": str(prompts)}, output=output)))
+    assert [*verify(storage)] == []
+    release(storage, "r1")
+    sample = next(read_samples(storage, "r1"))
+    said = json.loads(sample.row["extra_json"])
+    assert {name: said.get(name) for name in named} == (
+        named if recipe == "synthetic" else dict.fromkeys(named) | {"noise_sha256": said["noise_sha256"]}
+    )
+    assert sample.noise().shape == sample.latents().shape and sample.negative_text() == {}
+    with pytest.raises(UserError, match="text_embeddings are not stored"):
+        sample.text()
+    assert regenerate(storage, sample.row["sample_id"]).is_same
