@@ -52,7 +52,7 @@ def distill_flow() -> Any:
     def worth_retrying(_task: Any, _run: Any, state: Any) -> bool:
         from infra.errors import UserError
 
-        return not isinstance(state.result(raise_on_failure=False), UserError | FloatingPointError)
+        return not isinstance(state.result(raise_on_failure=False), UserError)
 
     @task(
         cache_policy=NO_CACHE,

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import UserError
-from infra.storage import Storage
+from infra.storage import Storage, replacing
 from models.source import content_sha256, resolve
 from pipelines import samples as stored
 from pipelines.distill_settings import Distill
 from pipelines.distill_stream import Wanted, read, text_length
+from pipelines.regenerate import generator_settings
 
 if TYPE_CHECKING:
     from models.distill.schedule import Schedule
@@ -70,7 +71,8 @@ class Job:
 
     @property
     def wanted(self) -> Wanted:
-        return Wanted(self.teacher_sha256, self.text_length, self.places, self.path_steps)
+        plan = (self.teacher_guidance_scale, self.shift, self.text_length)
+        return Wanted(self.teacher_sha256, *plan, self.places, self.path_steps)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same to go on: where things lie may change, what they are may not."""
@@ -80,8 +82,8 @@ class Job:
         return json.loads(json.dumps({**kept, "dataset": self.storage["root"], "settings": self.config.identity()}))
 
     def write(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "job.json").write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        with replacing(folder / "job.json") as file:  # without it what was trained could not be gone on with
+            file.write((json.dumps(asdict(self), indent=2) + "\n").encode())
 
     @classmethod
     def read(cls, folder: Path) -> Job:
@@ -103,9 +105,7 @@ def prepare(storage: Storage, release: str, settings: Distill, out: Path) -> Job
     if first is None:
         raise UserError(f"--release {release}: it has no samples of split {TRAIN}")
     row = first.row
-    if row["adapters"]:
-        raise UserError(f"teacher: {row['model']} was sampled with adapters, and a student of both is not supported")
-    path = resolve(row["model"], "generator", key="teacher")
+    path = resolve(row["model"], "generator", generator_settings(storage, row).get("revision"), key="teacher")
     if (found := content_sha256(path)) != row["model_sha256"]:
         raise UserError(
             f"teacher: {row['model']} has changed since it made the samples (sha256 {found[:12]}, they say"
@@ -159,6 +159,10 @@ def _path_of(sample: stored.StoredSample, settings: Distill) -> tuple[tuple[int,
                 f"trajectory.places: expected them to go from 0 to {path.steps} (or -1), found {list(chosen)}"
             )
     elif wanted is not None:
+        if wanted > path.steps:
+            raise UserError(
+                f"num_inference_steps: the teacher took {path.steps} steps, found {wanted}; a student takes at most as many"
+            )
         places = tuple(round(at * path.steps / wanted) for at in range(wanted + 1))
     else:
         places = tuple(sorted({0, *path.places, path.steps}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from models.generator import Generator
 from models.loading import GeneratorRef
 from models.plan import SamplerPlan
 from pipelines.distill import Job
-from pipelines.distill_stream import Wanted, read
+from pipelines.distill_stream import read
 from pipelines.samples import StoredSample
 
 WORLD = "pack://shapes"
@@ -55,7 +55,7 @@ def evaluate(job: Job, student: Path, samples: Sequence[StoredSample], num_infer
     """Sample by the code of a run; `samples` are the teacher's, of one shape, at least one."""
     generator = Generator(GeneratorRef(str(student)))
     plan = SamplerPlan(num_inference_steps=num_inference_steps, guidance_scale=1.0, max_sequence_length=job.text_length)
-    wanted = Wanted(job.teacher_sha256, job.text_length, None)
+    wanted = replace(job.wanted, places=None)
     size = job.config.evaluate.batch_size
     squares, norms, cosines, seconds = [], [], [], []
     readings: dict[str, list[dict[str, bool]]] = {"teacher": [], "student": []}

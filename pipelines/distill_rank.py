@@ -60,6 +60,7 @@ def train(job: Job, folder: Path, samples: Samples, minutes: float) -> None:
     from models.distill.trainer import Trainer, join_group
 
     settings = job.config
+    stop, ends = Stop(), time.monotonic() + 60 * minutes
     torch.set_num_threads(settings.deepspeed.threads)
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints; stdout is for progress
         device = join_group()
@@ -73,7 +74,6 @@ def train(job: Job, folder: Path, samples: Samples, minutes: float) -> None:
     model, target = network(), None
     if settings.method == "consistency":
         target = Target(network().to(device), settings.consistency.target_decay)
-    stop, ends = Stop(), time.monotonic() + 60 * minutes
     rank = distributed.get_rank()
     with contextlib.redirect_stdout(sys.stderr):
         trainer = Trainer(model, phases(job, target), config, folder, device, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -33,6 +34,7 @@ def prepared(storage: Storage, release: str, settings: Distill, out: Path) -> Jo
         raise UserError(
             'distill: DeepSpeed is not installed; DS_BUILD_OPS=0 pip install --no-build-isolation -e ".[train]"'
         )
+    world_of(settings)
     return prepare(storage, release, settings, out)
 
 
@@ -73,18 +75,21 @@ def train(
         raise UserError(mistakes[0])
     if ended.code == USER_ERROR:
         raise UserError(ended.tail.rsplit("ditmill: ", 1)[-1])
+    if ended.code == -signal.SIGTERM and stop():
+        raise UserError("distill: stopped before its processes had begun; run the same command again")
     if ended.code:
         raise RuntimeError(f"rank {ended.rank} ended with {ended.code}; run it again to go on. It said:\n{ended.tail}")
     return reached[0]
 
 
 def world_of(settings: Distill) -> int:
-    """How many ranks: one for each GPU where the settings leave it open."""
-    if settings.deepspeed.ranks:
-        return settings.deepspeed.ranks
+    """How many ranks: one for each GPU where the settings leave it open. UserError where they ask for more than GPUs."""
     import torch
 
-    return max(1, torch.cuda.device_count())
+    ranks, devices = settings.deepspeed.ranks, torch.cuda.device_count()
+    if devices and ranks > devices:
+        raise UserError(f"deepspeed.ranks: each wants a GPU of its own, found {ranks} and {devices} GPUs; give fewer")
+    return ranks or max(1, devices)
 
 
 def publish(job: Job, out: Path, trained: int) -> Evaluation | None:

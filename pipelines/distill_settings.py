@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from infra.errors import UserError
 from infra.safe_yaml import load_yaml
+from models.distill.distance import HUBER, Distance
 from pipelines.overrides import override
 from pipelines.sections import Section
 
 Method = Literal["reflow", "trajectory", "consistency"]
-Distance = Literal["squared", "pseudo_huber"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ReflowSection(Section):
@@ -26,7 +27,7 @@ class ReflowSection(Section):
     last_share: float = Field(0.5, gt=0, lt=1, description="Share of the steps that the second stage gets.")
     u_shape: float = Field(4.0, ge=0, description="How much more often the ends of the line are drawn; 0: evenly.")
     distance: Distance = Field("pseudo_huber", description="What the loss is.")
-    huber: float = Field(0.00054, gt=0, description="Of pseudo-Huber.")
+    huber: float = Field(HUBER, gt=0, description="Of pseudo-Huber.")
 
 
 class TrajectorySection(Section):
@@ -47,7 +48,7 @@ class TrajectorySection(Section):
         None, min_length=2, description="States to step between; left out, num_inference_steps or else all kept ones."
     )
     distance: Distance = Field("squared", description="What the loss is.")
-    huber: float = Field(0.00054, gt=0, description="Of pseudo-Huber.")
+    huber: float = Field(HUBER, gt=0, description="Of pseudo-Huber.")
 
 
 class ConsistencySection(Section):
@@ -59,14 +60,14 @@ class ConsistencySection(Section):
     pieces: int = Field(20, ge=1, description="Of the straight line.")
     target_decay: float = Field(0.95, ge=0, lt=1, description="Of the average that is compared with.")
     distance: Distance = Field("pseudo_huber", description="What the loss is.")
-    huber: float = Field(0.00054, gt=0, description="Of pseudo-Huber.")
+    huber: float = Field(HUBER, gt=0, description="Of pseudo-Huber.")
 
 
 class OptimizerSection(Section):
     """AdamW with a warm-up and a cosine."""
 
     learning_rate: float = Field(1e-4, gt=0, description="After the warm-up.")
-    betas: tuple[float, float] = Field((0.9, 0.99), description="Of AdamW.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.99), description="Of AdamW.")
     weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
     warmup_steps: int = Field(100, ge=0, description="Of each stage.")
     floor: float = Field(0.02, ge=0, le=1, description="Share of the learning rate that the cosine falls to.")

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,9 @@ class Wanted:
     """What a method reads of a sample."""
 
     model_sha256: str
+    guidance_scale: float
+    shift: float | None
+    """Of the scheduler."""
     text_length: int
     """Tokens that embeddings are padded to with zeros, as the teacher saw them."""
     places: tuple[int, ...] | None
@@ -105,11 +109,7 @@ def read(samples: Sequence[StoredSample], wanted: Wanted) -> dict[str, np.ndarra
     all float32. UserError where a sample is not the teacher's or lacks any of them."""
     columns: dict[str, list[np.ndarray]] = {}
     for sample in samples:
-        if sample.row["model_sha256"] != wanted.model_sha256:
-            raise UserError(
-                f"--release: {sample.row['sample_id']} was made by another model ({sample.row['model']}); a student has one"
-                " teacher: make a release of its samples alone, --where \"model_sha256 = '...'\""
-            )
+        check_row(sample.row, wanted)
         one = {"noise": sample.noise(), "latents": sample.latents()}
         one["prompt_embeds"] = padded(sample.text()["prompt_embeds"], wanted.text_length)
         if wanted.places is not None:
@@ -122,6 +122,31 @@ def read(samples: Sequence[StoredSample], wanted: Wanted) -> dict[str, np.ndarra
             f"--release: its latents have several shapes ({', '.join(map(str, sorted(shapes)))}); make a release of one"
         )
     return {name: np.stack(values) for name, values in columns.items()}
+
+
+def check_row(row: Mapping[str, Any], wanted: Wanted) -> None:
+    """UserError where a sample is not of the one teacher, or was not made as the others were."""
+    plan, who = _plan(row["plan_json"] or "{}"), f"--release: {row['sample_id']}"
+    if row["model_sha256"] != wanted.model_sha256:
+        raise UserError(
+            f"{who} was made by another model ({row['model']}); a student has one teacher: make a release of its samples"
+            " alone, --where \"model_sha256 = '...'\""
+        )
+    if row["adapters"] or plan.get("teacher"):
+        also = "a teacher's first steps (teacher_steps)" if plan.get("teacher") else "adapters"
+        raise UserError(f"{who} was sampled with {also}; a student has one teacher: make a release of samples without")
+    asked = {"guidance_scale": wanted.guidance_scale, "shift": wanted.shift, "max_sequence_length": wanted.text_length}
+    found = {name: plan.get(name) for name in asked} | {"guidance_scale": row["guidance_scale"]}
+    if found != asked:
+        raise UserError(
+            f"{who} was sampled with {found}, others with {asked}; a student learns one of them: make a release of one"
+            " plan, --where \"plan_id = '...'\""
+        )
+
+
+@lru_cache(maxsize=256)
+def _plan(plan_json: str) -> dict[str, Any]:
+    return dict(json.loads(plan_json))
 
 
 def states(trajectory: Trajectory, ends: dict[str, np.ndarray], wanted: Wanted) -> np.ndarray:
@@ -146,4 +171,4 @@ def padded(embeds: np.ndarray, length: int) -> np.ndarray:
 
 def text_length(row: Mapping[str, Any]) -> int:
     """Tokens that a row's sample was conditioned on."""
-    return int(json.loads(row["plan_json"])["max_sequence_length"])
+    return int(_plan(row["plan_json"])["max_sequence_length"])

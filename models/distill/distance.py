@@ -7,9 +7,10 @@ sqrt(mean(x^2) + h^2) - h with h = 0.00054: the square of a small difference, th
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Distance = Literal["squared", "pseudo_huber"]
 HUBER = 0.00054

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from infra.errors import UserError
 from models.distill.average import Average, Target
 
 KEPT = 2
@@ -33,9 +34,12 @@ class States:
     def latest(self) -> int | None:
         """The step of the newest whole state."""
         try:
-            return int(json.loads((self.folder / "latest.json").read_text())["step"])
+            return int(self._said()["step"])
         except FileNotFoundError:
             return None
+
+    def _said(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "latest.json").read_text()))
 
     def save(self, step: int, engine: Any, average: Average, target: Target | None) -> None:
         """All ranks together."""
@@ -57,12 +61,19 @@ class States:
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(self.folder / "latest.json")
-            for old in sorted(self.folder.glob("step-*"))[:-KEPT]:
+            states = sorted(self.folder.glob("step-*"))
+            later = [old for old in states if old.name > _tag(step)]  # of attempts that were killed while they saved
+            for old in [*states[: -KEPT - len(later)], *later]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def load(self, step: int, engine: Any, average: Average, target: Target | None) -> None:
-        """All ranks together, on as many as saved it."""
-        folder = self.folder / _tag(step)
+        """All ranks together, on as many as saved it; UserError on others."""
+        folder, world = self.folder / _tag(step), distributed.get_world_size()
+        if (saved := int(self._said()["world"])) != world:
+            raise UserError(
+                f"deepspeed.ranks: the state to go on from was written by {saved}, found {world};"
+                f" train on {saved} again, or name another folder"
+            )
         found, _ = engine.load_checkpoint(str(self.folder), tag=_tag(step))
         if found is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no state here")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import distributed
 
+from infra.errors import UserError
 from models.distill.average import Average, Target, full_weights
 from models.distill.state import States
 from models.distill.student import Batch, Denoiser, Loss
@@ -182,7 +183,7 @@ class Trainer:
             rng = draws(self.config.seed, self.step, distributed.get_rank(), part)
             loss = phase.loss(self.engine, next(source).to(self.device), rng)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}; lower the learning rate")
+                raise UserError(f"optimizer.learning_rate: the loss is {loss.item()} at step {self.step}; lower it")
             self.engine.backward(loss)
             self.engine.step()
             total += loss.item()

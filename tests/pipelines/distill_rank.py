@@ -57,6 +57,8 @@ def row(number: int, teacher_sha256: str) -> dict[str, Any]:
         "model": "pack://tiny",
         "model_sha256": teacher_sha256,
         "adapters": [],
+        "guidance_scale": 3.0,
+        "run_id": "run",
         "plan_json": json.dumps({"max_sequence_length": 8, "shift": 3.0}),
         "prompt": "a red circle",
         "nfe": 2 * STEPS,

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,11 +20,12 @@ from infra.errors import UserError
 from infra.storage import Storage
 from models.source import content_sha256
 from pipelines import distill, release
+from pipelines import samples as stored
 from pipelines.distill import Job, prepare
 from pipelines.distill_evaluate import share
-from pipelines.distill_run import publish, train
+from pipelines.distill_run import publish, train, world_of
 from pipelines.distill_settings import Distill, load_settings
-from pipelines.distill_stream import Wanted, batches, drawn, padded, states
+from pipelines.distill_stream import Wanted, batches, drawn, padded, read, states
 
 _file = Path(__file__).parent / "distill_rank.py"
 _spec = importlib.util.spec_from_file_location("made_up_samples", _file)
@@ -146,6 +148,7 @@ def test_a_checkpoint_that_was_not_trained_here_is_not_overwritten(storage: Stor
     [
         ({"trajectory": {"places": [0, 1, -1]}}, r"trajectory.places: expected states \[0, 1, 4\]"),
         ({"trajectory": {"places": [2, -1]}}, "expected them to go from 0 to 4"),
+        ({"num_inference_steps": 7}, "num_inference_steps: the teacher took 4 steps, found 7"),
         ({"num_inference_steps": 4}, r"expected states \[0, 1, 2, 3, 4\] of 4 steps, found \[0, 2, 4\]"),
     ],
 )
@@ -193,7 +196,7 @@ def test_an_epoch_shows_each_sample_once_and_each_epoch_another_order() -> None:
 
 
 def test_going_on_draws_the_same_batches_and_reads_nothing_of_those_before() -> None:
-    wanted = Wanted("t", 8, (0, 2, 4), made_up.STEPS)
+    wanted = Wanted("t", 3.0, 3.0, 8, (0, 2, 4), made_up.STEPS)
 
     def stream(skipped: int, kept: list[Any]) -> list[dict[str, np.ndarray]]:
         def samples() -> Any:
@@ -218,13 +221,83 @@ def test_a_release_without_the_split_and_one_of_two_teachers_are_refused() -> No
         next(drawn(lambda: made_up.samples("t"), "test", 0, 8))
     order = drawn(lambda: made_up.samples("somebody"), "train", 0, 8)
     with pytest.raises(UserError, match="made by another model"):
-        next(batches(order, Wanted("t", 8, None), 2, 0))
+        next(batches(order, Wanted("t", 3.0, 3.0, 8, None), 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"guidance_scale": 1.0}, "'guidance_scale': 1.0"),
+        ({"plan_json": '{"max_sequence_length": 8, "shift": 8.0}'}, "'shift': 8.0"),
+        ({"plan_json": '{"max_sequence_length": 9, "shift": 3.0}'}, "'max_sequence_length': 9"),
+        ({"adapters": [{"uri": "style.safetensors"}]}, "sampled with adapters"),
+        ({"plan_json": '{"max_sequence_length": 8, "shift": 3.0, "teacher": {"steps": 1}}'}, "teacher's first steps"),
+    ],
+)
+def test_samples_that_were_not_made_as_the_others_are_refused(changes: dict[str, Any], said: str) -> None:
+    sample = next(made_up.samples("t"))
+    wanted = Wanted("t", 3.0, 3.0, 8, None)
+    assert read([sample], wanted)
+    with pytest.raises(UserError, match=f"^--release: .*{said}"):
+        read([sample, replace(sample, row={**sample.row, **changes})], wanted)
+
+
+def test_a_stop_before_the_ranks_have_begun_is_no_crash(storage: Storage, tmp_path: Path) -> None:
+    job = prepare(storage, "v1", settings(), tmp_path / "student")
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.raises(UserError, match="run the same command again"):
+        train(job, tmp_path / "student", 60.0, stop=lambda: True, command=command)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert world_of(settings(deepspeed={"ranks": 2})) == 2
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert world_of(settings()) == 1
+    with pytest.raises(UserError, match=r"^deepspeed\.ranks: .*found 2 and 1 GPUs"):
+        world_of(settings(deepspeed={"ranks": 2}))
+
+
+def test_a_release_that_the_stages_made_is_learnt_from_and_its_student_is_no_teacher_of_two(
+    generate_from: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    made: dict[str, Any] = {
+        "recipe": "trajectory",
+        "trajectory": {"keep": "all", "dtype": "float32"},
+        "judge": {"backend": "none"},
+        "score": {"reject_static": False, "reject_duplicates": False},
+        "caption": None,
+        "output": {"keep_rejected": "none"},
+    }
+    teacher = Storage(str(generate_from(**made, sampler={"num_inference_steps": 4, "guidance_scale": 3.0})))
+    release.release(teacher, "v1")
+    job = prepare(teacher, "v1", settings(steps=1, num_inference_steps=2), tmp_path / "student")
+    sample = next(stored.read_samples(teacher, "v1"))
+    states, latents = read([sample], job.wanted)["states"][0], sample.latents()
+    assert np.array_equal(states[0], sample.noise())
+    assert np.array_equal(states[2], latents)
+    assert train(job, tmp_path / "student", 60.0) == 1
+    assert publish(job, tmp_path / "student", 1) is None  # six prompts, none of them held out
+
+    student = {"model": str(tmp_path / "student"), "teacher_steps": 1}  # the rest says its ditmill.json
+    both = Storage(
+        str(generate_from(**made, generators=[student], sampler={"num_inference_steps": 2, "guidance_scale": 1.0}))
+    )
+    release.release(both, "v1")
+    row = next(stored.read_samples(both, "v1")).row
+    assert (row["nfe"], json.loads(row["plan_json"])["teacher"]["guidance_scale"]) == (3, 3.0)
+    with pytest.raises(UserError, match="teacher's first steps"):
+        prepare(both, "v1", settings(), tmp_path / "other")
+
+    wild = settings(optimizer={"learning_rate": 1e30, "warmup_steps": 0}, num_inference_steps=2)
+    with pytest.raises(UserError, match=r"^optimizer\.learning_rate: the loss is"):
+        train(prepare(teacher, "v1", wild, tmp_path / "wild"), tmp_path / "wild", 60.0)
 
 
 def test_ends_of_a_path_need_not_be_kept() -> None:
     sample = next(made_up.samples("t", kept=(2,)))
     ends = {"noise": sample.noise(), "latents": sample.latents()}
-    found = states(sample.trajectory(), ends, Wanted("t", 8, (0, 2, 4), made_up.STEPS))
+    found = states(sample.trajectory(), ends, Wanted("t", 3.0, 3.0, 8, (0, 2, 4), made_up.STEPS))
     assert np.array_equal(found[0], sample.noise())
     assert np.array_equal(found[1], sample.noise() * 0.75)
     assert np.array_equal(found[2], sample.latents())
@@ -241,7 +314,12 @@ def test_settings_name_the_key_that_is_wrong(tmp_path: Path) -> None:
     file.write_text("method: trajectory\noptimizer: {learning_rate: 0.01}\n")
     found = load_settings(str(file), ["optimizer.clip=2", "deepspeed.zero=3"], steps=7)
     assert (found.optimizer.learning_rate, found.optimizer.clip, found.deepspeed.zero, found.steps) == (0.01, 2, 3, 7)
-    for overrides, key in ((["deepspeed.zero=4"], "deepspeed.zero"), (["optimiser.lr=1"], "optimiser"), ([], "method")):
+    for overrides, key in (
+        (["deepspeed.zero=4"], "deepspeed.zero"),
+        (["optimiser.lr=1"], "optimiser"),
+        (["optimizer.betas=[0.9, 1]"], "optimizer.betas.1"),
+        ([], "method"),
+    ):
         with pytest.raises(UserError, match=f"^{key}: "):
             load_settings(None, overrides, method="reflow" if overrides else None)
 
