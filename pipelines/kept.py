@@ -22,8 +22,10 @@ TENSORS: dict[str, dict[str, str]] = {
 """Recipe -> what `output.tensors` is where the spec leaves it out."""
 
 
-def with_tensors(data: dict[str, Any]) -> dict[str, Any]:
-    """Plain values of a spec, with its recipe's tensors where it names none."""
+def with_defaults(data: dict[str, Any]) -> dict[str, Any]:
+    """Plain values of a spec, with its recipe's tensors where it names none, and no judge where there is nothing to see."""
+    if data.get("recipe") == "prompts":
+        data = {"judge": {"backend": "none"}, "caption": None, **data}
     output, wanted = data.get("output", {}), TENSORS.get(str(data.get("recipe")))
     if wanted is None or not isinstance(output, dict) or "tensors" in output:
         return data
@@ -75,6 +77,9 @@ def check_recipe(spec: Spec) -> None:
     if spec.recipe == "reflow" and "latents" not in tensors:
         raise ValueError("output.tensors: recipe reflow is noise and final latents; add latents, or leave the key out")
     if spec.recipe == "prompts":
+        for key, looks in (("judge", spec.judge.backend != "none"), ("caption", spec.caption is not None)):
+            if looks:
+                raise ValueError(f"{key}: recipe prompts makes no media to look at; remove it")
         if list(tensors) != ["text_embeddings"]:
             raise ValueError(
                 f"output.tensors: recipe prompts keeps text_embeddings and nothing else, found {', '.join(tensors) or 'none'}"

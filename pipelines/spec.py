@@ -14,7 +14,7 @@ from infra.errors import UserError
 from infra.safe_yaml import read_yaml
 from pipelines.explain import explain
 from pipelines.guards import Guards
-from pipelines.kept import check_recipe, with_tensors
+from pipelines.kept import check_recipe, with_defaults
 from pipelines.overrides import override
 from pipelines.placement import Compute
 from pipelines.policy import Policy, named_urls, refusal
@@ -109,8 +109,8 @@ class Spec(Section):
     @model_validator(mode="before")
     @classmethod
     def _keeps_what_its_recipe_is_for(cls, data: Any) -> Any:
-        """A recipe's own tensors, where the spec names none."""
-        return with_tensors(data) if isinstance(data, dict) else data
+        """A recipe's own tensors and judge, where the spec names none."""
+        return with_defaults(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _fits_its_recipe(self) -> Spec:

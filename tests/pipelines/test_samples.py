@@ -319,6 +319,8 @@ def test_dataset_json_fixes_which_states_are_kept(dataset_of):
         ),
         ({"recipe": "trajectory", "trajectory": {"keep": "some"}}, "trajectory.keep: expected"),
         ({"recipe": "prompts", "samples_per_prompt": 2}, "samples_per_prompt: recipe prompts makes one row"),
+        ({"recipe": "prompts", "judge": {"backend": "oracle"}}, "judge: recipe prompts makes no media"),
+        ({"recipe": "prompts", "caption": {"styles": ["short"]}}, "caption: recipe prompts makes no media"),
         ({"recipe": "prompts", "output": {"tensors": {"noise": "float32"}}}, "output.tensors: recipe prompts keeps"),
         ({"recipe": "reflow", "output": {"tensors": {}}}, "output.tensors: recipe reflow is noise and final latents"),
     ],
@@ -337,6 +339,14 @@ def test_recipes_bring_their_own_tensors():
     assert tensors(recipe="reflow") == {"latents": "float16", "text_embeddings": "float16"}
     assert tensors(recipe="reflow", output={"tensors": {"latents": "float32"}}) == {"latents": "float32"}
     assert tensors(recipe="prompts", output={"uri": "x"}) == {"text_embeddings": "float16"}
+
+
+def test_nobody_judges_prompts(tmp_path):
+    asked = {"recipe": "prompts", "generators": [{"model": "pack://tiny"}], "output": {"uri": str(tmp_path / "new")}}
+    run = resolve_spec(parse_spec({"prompts": {"inline": ["a cat"]}, **asked}))
+    assert (run.writing().judge, run.needs_model) == ("", False)
+    assert list(run.licences) == ["pack://tiny"]
+    assert parse_spec(run.spec.model_dump(mode="json")) == run.spec
 
 
 def test_a_plan_says_how_many_bytes_each_kind_takes(tmp_path):
