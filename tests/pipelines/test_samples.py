@@ -345,7 +345,7 @@ def test_nobody_judges_prompts(tmp_path):
     asked = {"recipe": "prompts", "generators": [{"model": "pack://tiny"}], "output": {"uri": str(tmp_path / "new")}}
     run = resolve_spec(parse_spec({"prompts": {"inline": ["a cat"]}, **asked}))
     assert (run.writing().judge, run.needs_model) == ("", False)
-    assert list(run.licences) == ["pack://tiny"]
+    assert [*dict(run.licences)] == ["pack://tiny"]
     assert parse_spec(run.spec.model_dump(mode="json")) == run.spec
 
 
