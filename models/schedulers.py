@@ -13,6 +13,7 @@ _FLOW = {
     "dpmpp": "DPMSolverMultistepScheduler",
     "euler": "FlowMatchEulerDiscreteScheduler",
     "flow_match_euler": "FlowMatchEulerDiscreteScheduler",
+    "euler_trailing": "FlowMatchEulerDiscreteScheduler",
 }
 _DIFFUSION = {
     "unipc": "UniPCMultistepScheduler",
@@ -54,7 +55,11 @@ def build_scheduler(base: Any, plan: SamplerPlan, sets_sigmas: bool = False) -> 
                 f"sampler.shift: {type(base).__name__} is not a flow's scheduler and has no shift; remove it"
             )
         config |= {"flow_shift": plan.shift, "shift": plan.shift, "use_dynamic_shifting": False}
-    return kind.from_config(config)
+    scheduler = kind.from_config(config)
+    if plan.scheduler == "euler_trailing":
+        # Its own sigmas of N steps end at the smallest of training, shifted twice; these are 1, (N-1)/N, ... 1/N, 0, shifted.
+        scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / plan.num_inference_steps
+    return scheduler
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -188,8 +188,10 @@ class Sampler(Section):
     plan: str | None = Field(
         None, description="`auto`, or a plan file made by `ditmill tune`; its keys replace those below."
     )
-    scheduler: Literal["default", "unipc", "euler", "flow_match_euler", "dpmpp", "ddim"] = Field(
-        "default", description="default is the checkpoint's own."
+    scheduler: Literal["default", "unipc", "euler", "euler_trailing", "flow_match_euler", "dpmpp", "ddim"] = Field(
+        "default",
+        description="default is the checkpoint's own; euler_trailing: a flow's sigmas from 1 to 0 in even steps, shifted,"
+        " as CausVid, Self-Forcing and HunyuanVideo take them.",
     )
     num_inference_steps: int = Field(20, ge=1, description="Denoising steps.")
     guidance_scale: float = Field(5.0, ge=0, description="Classifier-free guidance; 1 turns it off.")

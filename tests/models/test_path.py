@@ -73,10 +73,13 @@ def test_every_family_gives_the_states_of_its_path(pipeline: str, tiny_checkpoin
     assert np.abs(path.states[:, 1] - path.states[:, 0]).max() > 0
 
 
-def test_a_step_of_euler_leads_from_state_to_state(tiny_checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("scheduler", ["euler", "euler_trailing"])
+def test_a_step_of_euler_leads_from_state_to_state(scheduler: str, tiny_checkpoint: Checkpoint) -> None:
     """x_{k+1} = x_k + (sigma_{k+1} - sigma_k) v: the same velocity from two states of one straight step."""
     generator = Generator(GeneratorRef(tiny_checkpoint("WanPipeline")))
-    plan = SamplerPlan(scheduler="euler", num_inference_steps=3, guidance_scale=1.0, shift=5.0, max_sequence_length=16)
+    plan = SamplerPlan(
+        scheduler=scheduler, num_inference_steps=3, guidance_scale=1.0, shift=5.0, max_sequence_length=16
+    )
     conditions, noise = inputs(generator, (32, 32, 9), 1)
     conditions = {"prompt_embeds": conditions["prompt_embeds"]}
     path = Path((0, 1, 2, 3), 3)

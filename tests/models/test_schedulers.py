@@ -54,6 +54,21 @@ def test_build_scheduler_keeps_the_kind_of_schedule(base: Any, name: str, kind: 
         assert scheduler.config["beta_end"] == 0.012
 
 
+@pytest.mark.parametrize("base", [_flow, _flow_euler])
+def test_trailing_sigmas_are_those_of_the_trainers(base: Any) -> None:
+    """CausVid trains at t = 1000, 757 and 522, Self-Forcing at 1000, 937.5, 833 and 625 with shift 5."""
+    for steps, shift, places, timesteps in (
+        (50, 8.0, [0, 36, 44], [1000, 756.757, 521.739]),
+        (48, 5.0, [0, 12, 24, 36], [1000, 937.5, 833.333, 625]),
+    ):
+        scheduler = build_scheduler(
+            base(), SamplerPlan(scheduler="euler_trailing", num_inference_steps=steps, shift=shift)
+        )
+        scheduler.set_timesteps(steps)
+        assert scheduler.timesteps[places].tolist() == pytest.approx(timesteps, abs=1e-2)
+        assert scheduler.sigmas[[*places, -1]].tolist() == pytest.approx([t / 1000 for t in timesteps] + [0], abs=1e-5)
+
+
 @pytest.mark.parametrize("name", ["unipc", "dpmpp"])
 def test_shift_moves_sigmas_as_the_formula_says(name: str) -> None:
     """sigma' = s sigma / (1 + (s - 1) sigma), of sigmas that are 1 - k/n without a shift."""
@@ -70,6 +85,7 @@ def test_shift_moves_sigmas_as_the_formula_says(name: str) -> None:
     [
         (_flow, SamplerPlan(scheduler="ddim"), "sampler.scheduler: ddim"),
         (_noise, SamplerPlan(scheduler="flow_match_euler"), "sampler.scheduler: flow_match_euler"),
+        (_noise, SamplerPlan(scheduler="euler_trailing"), "sampler.scheduler: euler_trailing"),
         (_noise, SamplerPlan(shift=3.0), "sampler.shift: "),
     ],
 )
