@@ -367,7 +367,9 @@ def distill(
     method: Annotated[str | None, typer.Option(help="reflow, trajectory or consistency.")] = None,
     config: Annotated[str | None, typer.Option(metavar="FILE", help="Settings as a YAML file.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates of the weights.")] = None,
-    minutes: Annotated[float, typer.Option(min=0, help="Stop after so long; the student so far is written.")] = 1e9,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="Stop after so long and write the student so far; 0: start nothing.")
+    ] = 1e9,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:

@@ -27,12 +27,15 @@ JSON_EVERY = 10.0
 def run_distill(
     storage: Storage, release: str, settings: Distill, out: Path, minutes: float, as_json: bool
 ) -> dict[str, Any]:
-    """Prefect's server, then the flow; what the command prints. UserErrors come before anything is started."""
+    """Prefect's server, then the flow; what the command prints. UserErrors come before anything is started. Of 0 minutes no
+    rank is started, but others may be."""
     from pipelines.distill_run import prepared
 
     configure()
     with reaching(storage.root):
         job = prepared(storage, release, settings, out)
+    if minutes == 0:
+        return {"student": str(out), "status": "prepared", "job": str(out / "job.json")}
     shown = Console(as_json)
     with redirect_stdout(sys.stderr), prefect_session(cache_dir()), console(shown):
         wait_until_up()
@@ -124,6 +127,8 @@ class Line:
 
 def told(result: dict[str, Any]) -> str:
     """What a person reads at the end."""
+    if result["status"] == "prepared":
+        return f"{result['job']}: start its ranks (docs/distillation.md), then run the same command without --minutes"
     lines = [f"{result['student']}: {result['steps']} of {result['of']} steps, {result['status']}"]
     if result["status"] == "stopped":
         lines.append("  run the same command again to go on")

@@ -19,7 +19,6 @@ from pipelines.samples import StoredSample
 
 WORLD = "pack://shapes"
 """The teacher whose clips an oracle reads."""
-Z = 1.96
 
 
 @dataclass(frozen=True)
@@ -115,15 +114,10 @@ def _percent(one: dict[str, Any]) -> str:
 
 def share(right: Sequence[bool]) -> dict[str, float]:
     """Share, its 95% interval by Wilson, and how many were asked."""
+    from scipy.stats import binomtest
+
     asked = len(right)
     if not asked:
         return {"share": 0.0, "low": 0.0, "high": 1.0, "asked": 0}
-    found, scale = sum(right) / asked, 1 + Z * Z / asked
-    middle = found + Z * Z / (2 * asked)
-    spread = Z * ((found * (1 - found) + Z * Z / (4 * asked)) / asked) ** 0.5
-    return {
-        "share": found,
-        "low": max(0.0, (middle - spread) / scale),
-        "high": min(1.0, (middle + spread) / scale),
-        "asked": asked,
-    }
+    low, high = binomtest(sum(right), asked).proportion_ci(method="wilson")
+    return {"share": sum(right) / asked, "low": float(low), "high": float(high), "asked": asked}

@@ -94,7 +94,7 @@ def train(job: Job, folder: Path, samples: Samples, minutes: float) -> None:
     if rank == 0:
         (folder / "weights").mkdir(exist_ok=True)
         beside = folder / "weights" / ".average.safetensors"
-        save_file(weights, beside)
+        save_file(weights, beside, {"step": str(trainer.step)})
         beside.replace(folder / "weights" / "average.safetensors")
         _say({"event": "ended", "step": trainer.step, "steps": trainer.steps})
     distributed.barrier()

@@ -46,7 +46,12 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     command: Sequence[str] = COMMAND,
 ) -> int:
-    """Train on the ranks that the settings ask for; the step that was reached. UserError where a rank found a mistake."""
+    """Train on the ranks that the settings ask for; the step that was reached. UserError where a rank found a mistake.
+
+    None are started where all steps are done, by whatever ranks.
+    """
+    if trained_steps(out) == job.config.steps:
+        return job.config.steps
     reached, mistakes = [0], list[str]()
 
     def hear(text: str) -> None:
@@ -80,6 +85,17 @@ def train(
     if ended.code:
         raise RuntimeError(f"rank {ended.rank} ended with {ended.code}; run it again to go on. It said:\n{ended.tail}")
     return reached[0]
+
+
+def trained_steps(out: Path) -> int:
+    """Of the averaged weights that ranks have left in `out`; 0 where they have left none."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(out / "weights" / "average.safetensors", framework="np") as file:
+            return int((file.metadata() or {}).get("step", 0))
+    except FileNotFoundError:
+        return 0
 
 
 def world_of(settings: Distill) -> int:

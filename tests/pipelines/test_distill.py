@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flows.distill import run_distill, told
 from infra.errors import UserError
 from infra.storage import Storage
 from models.source import content_sha256
@@ -91,6 +92,7 @@ def test_a_student_is_trained_killed_trained_on_and_runs_as_a_checkpoint(storage
     average = Path("weights", "average.safetensors")
     assert (out / average).read_bytes() == (uninterrupted / average).read_bytes()
 
+    assert train(job, out, 60.0, command=["false"]) == 6  # nothing is left to do for ranks
     found = publish(job, out, 6)
     assert found is not None
     assert (found.samples, found.nfe, found.accuracy) == (3, {"teacher": 8.0, "student": 2.0}, None)
@@ -126,6 +128,16 @@ def _is_an_ordinary_checkpoint(job: Job, out: Path) -> None:
             velocity = pipe.transformer(x, timestep, embeds, return_dict=False)[0]
             x = x + (job.sigmas[at + 1] - job.sigmas[at]) * velocity
     torch.testing.assert_close(made, x, atol=1e-5, rtol=1e-4)
+
+
+def test_no_minutes_prepare_a_training_for_ranks_of_others(storage: Storage, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    out = tmp_path / "student"
+    made = run_distill(storage, "v1", settings(), out, 0.0, as_json=True)
+    assert made == {"student": str(out), "status": "prepared", "job": str(out / "job.json")}
+    assert Job.read(out).config.steps == 6
+    assert [path.name for path in out.iterdir()] == ["job.json"]
+    assert told(made).startswith(f"{out / 'job.json'}: start its ranks")
 
 
 def test_another_training_in_the_same_folder_is_refused(storage: Storage, tmp_path: Path) -> None:
