@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Exported:
     nbytes: int
     """Of the folder."""
     left: int
-    """Samples of `since` that this release does not have: they stay in what was exported of it."""
+    """Samples that were exported before and that this release does not have: they stay where they are."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,8 +62,8 @@ class Exported:
         said += f"; {self.nbytes:,} bytes"
         if self.left:
             said += (
-                f"; {self.left} samples of {self.since} are no longer in {self.release}, and stay in what was exported of"
-                f" {self.since}: to be without them, export {self.release} whole"
+                f"; {self.left} samples that were exported before are no longer in {self.release}, and stay where they are:"
+                f" to be without them, export {self.release} whole"
             )
         return said
 
@@ -191,12 +191,15 @@ def export(
             )
         part = held.part(made, before, folder)
         exporter = kind(Target(folder, storage, dataset, release, since), held.state)
+        earlier = list(itertools.takewhile(lambda each: each is not part, held.parts))
+        known = _known(storage, earlier, since)
         if part is None:
-            part = _begin(storage, exporter, made, since)
+            part = _begin(storage, exporter, made, since, known)
             held.parts.append(part)
             held.write(folder)
         if not part.complete:
-            _write(storage, exporter, held, part, folder, progress)
+            _write(storage, exporter, held, part, known, folder, progress)
+        elsewhere = held.parts[0].since
     return Exported(
         format=to,
         out=str(folder),
@@ -206,14 +209,28 @@ def export(
         samples=part.samples,
         in_folder=sum(each.samples_done for each in held.parts),
         nbytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-        left=0 if before is None else before.rows - (made.rows - part.samples),
+        left=(read_release(storage, elsewhere).rows if elsewhere else 0)
+        + sum(each.samples for each in (*earlier, part))
+        - made.rows,
     )
 
 
-def _begin(storage: Storage, exporter: Exporter, made: Release, since: str | None) -> Part:
+def _known(storage: Storage, earlier: list[Part], since: str | None) -> tuple[str, ...]:
+    """The releases whose samples are not written (again): `since` alone would let one that was withdrawn for a release, and
+    restored, come twice. UserError where one of them is not what was exported."""
+    for part in earlier:
+        if Release.read(storage, part.release).sha256 != part.manifest_sha256:
+            raise UserError(
+                f"--out: it holds another {part.release} than the dataset has now; export to a folder of its own"
+            )
+    names = (*itertools.chain(*((part.since, part.release) for part in earlier)), since)
+    return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+def _begin(storage: Storage, exporter: Exporter, made: Release, since: str | None, known: tuple[str, ...]) -> Part:
     """Look at every row once: what is refused is refused before hours of writing."""
     samples, chunk_samples = 0, 1
-    for sample in read_samples(storage, made.name, since=since):
+    for sample in read_samples(storage, made.name, since=known):
         exporter.check(sample)
         samples += 1
         if samples == 1:
@@ -221,12 +238,20 @@ def _begin(storage: Storage, exporter: Exporter, made: Release, since: str | Non
     return Part(made.name, since, made.sha256, samples, chunk_samples)
 
 
-def _write(storage: Storage, exporter: Exporter, held: Folder, part: Part, out: Path, progress: Progress) -> None:
-    samples = islice(read_samples(storage, part.release, since=part.since), part.samples_done, None)
+def _write(
+    storage: Storage,
+    exporter: Exporter,
+    held: Folder,
+    part: Part,
+    known: tuple[str, ...],
+    out: Path,
+    progress: Progress,
+) -> None:
+    samples = itertools.islice(read_samples(storage, part.release, since=known), part.samples_done, None)
     earlier = [each for each in held.parts if each is not part]
     chunks_before, samples_before = sum(each.chunks for each in earlier), sum(each.samples for each in earlier)
     progress(part.samples_done, part.samples)
-    while chunk := list(islice(samples, part.chunk_samples)):
+    while chunk := list(itertools.islice(samples, part.chunk_samples)):
         exporter.write(Chunk(chunks_before + part.chunks_done, samples_before + part.samples_done, chunk))
         part.chunks_done += 1
         held.write(out)

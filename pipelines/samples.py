@@ -143,16 +143,16 @@ def latent_shape(row: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 
 def read_samples(
-    storage: Storage, release: str, *, since: str | None = None, rank: int = 0, world: int = 1
+    storage: Storage, release: str, *, since: tuple[str, ...] = (), rank: int = 0, world: int = 1
 ) -> Iterator[StoredSample]:
     """Samples of a release in its own fixed order, a file of rows at a time in memory.
 
-    `since` leaves out those that are in that earlier release too. Of `world` readers each takes every `world`-th sample.
+    `since` leaves out those that are in one of these releases too. Of `world` readers each takes every `world`-th sample.
     UserError where there is no release of that name.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank: expected 0 to {world - 1}, found {rank}")
-    known = IdSet([] if since is None else _ids(storage, read_release(storage, since)))
+    known = IdSet(ids for name in since for ids in _ids(storage, read_release(storage, name)))
     before = 0
     for path in _parts(read_release(storage, release)):
         with storage.fs.open(storage.path(path), "rb") as file:

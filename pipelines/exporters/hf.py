@@ -86,7 +86,7 @@ class HubFolder:
 
     def finish(self) -> None:
         with replacing(self._target.out / "README.md") as file:
-            file.write(hub_card(self._target, self._state["rows"], self._state["tasks"]).encode())
+            file.write(hub_card(self._target, self._state.get("rows", 0), self._state.get("tasks", ())).encode())
 
     def _rows(self, sample: StoredSample, split: str) -> Iterator[tuple[str, Features, Row]]:
         """Name, columns and a row of each config that this sample is in."""

@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,8 @@ def stored_as(kind: type[StoredSample], **columns: Any) -> Samples:
         for item in read_release(storage, name).files:
             yield from pq.read_table(io.BytesIO(storage.read_bytes(item["path"]))).to_pylist()
 
-    def read_samples(storage: Storage, name: str, *, since: str | None = None) -> Iterator[StoredSample]:
-        known = {row["sample_id"] for row in ids(storage, since)} if since else set()
+    def read_samples(storage: Storage, name: str, *, since: tuple[str, ...] = ()) -> Iterator[StoredSample]:
+        known = {row["sample_id"] for earlier in since for row in ids(storage, earlier)}
         facts = {
             "num_inference_steps": STEPS,
             "plan_json": json.dumps({"latents": SCALING, "timesteps": TIMESTEPS}),
@@ -112,7 +113,7 @@ def ids(folder: Path) -> list[str]:
     return [row for name in names for row in pq.read_table(name, columns=["id"])["id"].to_pylist()]
 
 
-def of_release(storage: Storage, name: str, since: str | None = None) -> list[str]:
+def of_release(storage: Storage, name: str, since: tuple[str, ...] = ()) -> list[str]:
     return [str(sample.row["sample_id"]) for sample in stored_as(Made)(storage, name, since=since)]
 
 
@@ -216,11 +217,31 @@ def test_a_later_release_is_added_in_new_files(shapes: Storage, tmp_path: Path) 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
     done = export(shapes, "v2", "fastvideo-t2v", str(out), since="v1")
     assert (done.samples, done.in_folder, done.left) == (4, 11, 1)
-    assert "1 samples of v1 are no longer in v2" in str(done)
+    assert "1 samples that were exported before are no longer in v2" in str(done)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert ids(out) == of_release(shapes, "v1") + of_release(shapes, "v2", since="v1")
+    assert ids(out) == of_release(shapes, "v1") + of_release(shapes, "v2", since=("v1",))
     assert sorted(path.name for path in out.rglob("*.parquet")) == [f"data_chunk_{n}.parquet" for n in range(6)]
     assert export(shapes, "v2", "fastvideo-t2v", str(out), since="v1") == done
+
+
+@pytest.mark.parametrize("to", ["fastvideo-t2v", "causvid-lmdb", "webdataset", "hf"])
+def test_a_sample_that_was_withdrawn_and_restored_comes_once(paths: Storage, tmp_path: Path, to: str) -> None:
+    storage, out = Storage(str(shutil.copytree(paths.root, tmp_path / "dataset"))), str(tmp_path / "out")
+    gone = next(read_samples(storage, "v1")).row["sample_id"]
+    for name, where in (("without", f"verdict = 'accepted' and sample_id != '{gone}'"), ("again", None)):
+        release(storage, name, where)
+    whole = export(storage, "v1", to, out)
+    fewer = export(storage, "without", to, out, since="v1")
+    assert (fewer.samples, fewer.in_folder, fewer.left) == (0, whole.samples, 1)
+    again = export(storage, "again", to, out, since="without")
+    assert (again.samples, again.in_folder, again.left) == (0, whole.samples, 0)
+    alone = [
+        export(storage, "without", to, f"{out}-alone"),
+        export(storage, "again", to, f"{out}-alone", since="without"),
+    ]
+    assert [(each.samples, each.left) for each in alone] == [(whole.samples - 1, 0), (1, 0)]
+    nothing = export(storage, "without", to, f"{out}-of-nothing", since="v1")
+    assert (nothing.samples, nothing.in_folder, nothing.left) == (0, 0, 1)
 
 
 def test_an_addition_may_be_killed_too(shapes: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +264,7 @@ def test_what_is_new_goes_into_a_folder_of_its_own(
     added = export(shapes, "v2", "fastvideo-text", since="v1")
     assert (whole.out, whole.samples) == ("out/export/shapes-v2-fastvideo-text", 10)
     assert (added.out, added.samples) == ("out/export/shapes-v2-fastvideo-text-since-v1", 4)
-    assert ids(Path(added.out)) == of_release(shapes, "v2", since="v1")
+    assert ids(Path(added.out)) == of_release(shapes, "v2", since=("v1",))
 
 
 def test_a_cached_list_of_files_does_not_hide_new_ones(shapes: Storage, tmp_path: Path) -> None:
@@ -484,7 +505,7 @@ def test_a_dataset_without_what_a_format_needs_is_refused_before_anything_is_wri
 def test_samples_of_several_shapes_are_refused_with_the_condition_that_separates_them(
     shapes: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mixed(storage: Storage, name: str, *, since: str | None = None) -> Iterator[StoredSample]:
+    def mixed(storage: Storage, name: str, *, since: tuple[str, ...] = ()) -> Iterator[StoredSample]:
         for at, sample in enumerate(stored_as(Made)(storage, name, since=since)):
             yield sample if at < 5 else Made(storage, dict(sample.row) | {"height": 32})
 

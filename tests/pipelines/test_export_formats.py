@@ -117,8 +117,8 @@ def rows(storage: Storage, name: str) -> Iterator[dict[str, Any]]:
 def stored_as(kind: type[StoredSample], **columns: Any) -> Callable[..., Iterator[StoredSample]]:
     """A read_samples whose samples are of `kind`, with these columns."""
 
-    def read_samples(storage: Storage, name: str, *, since: str | None = None) -> Iterator[StoredSample]:
-        known = {row["sample_id"] for row in rows(storage, since)} if since else set()
+    def read_samples(storage: Storage, name: str, *, since: tuple[str, ...] = ()) -> Iterator[StoredSample]:
+        known = {row["sample_id"] for earlier in since for row in rows(storage, earlier)}
         for row in rows(storage, name):
             if row["sample_id"] not in known:
                 yield kind(storage, row | columns)
@@ -220,7 +220,7 @@ def test_a_later_release_is_added_and_leaves_what_is_there(shapes: Storage, tmp_
             ].items()
         elif name not in ("export.json", "README.md"):
             assert after[name] == held
-    added = [sample.row["sample_id"] for sample in stored_as(Made)(shapes, "v2", since="v1")]
+    added = [sample.row["sample_id"] for sample in stored_as(Made)(shapes, "v2", since=("v1",))]
     if to.endswith("lmdb"):
         keys = {path.parent: items(path.parent) for path in (out / "lmdb").rglob("data.mdb")}
         assert sum(int(held[b"prompts_shape"]) for held in keys.values()) == 11
@@ -311,7 +311,7 @@ def test_self_forcing_reads_shards_that_may_be_empty(shapes: Storage, tmp_path: 
     assert {path.name for path in folder.iterdir()} == {f"shard_{k}" for k in range(16)}, (
         "the reader opens all it finds"
     )
-    order = samples(shapes) + list(stored_as(Made)(shapes, "v2", since="v1"))
+    order = samples(shapes) + list(stored_as(Made)(shapes, "v2", since=("v1",)))
     for shard in range(16):
         found = LmdbReader(folder / f"shard_{shard}")
         assert found.shape == (int(shard < len(order)), STEPS + 1, 2, 3, 4, 4)

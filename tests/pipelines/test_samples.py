@@ -217,7 +217,7 @@ def test_readers_share_a_release_and_leave_out_an_older_one(dataset_of):
     whole = [sample.row["sample_id"] for sample in read_samples(storage, "new")]
     shares = [[sample.row["sample_id"] for sample in read_samples(storage, "new", rank=at, world=4)] for at in range(4)]
     assert shares == [whole[at::4] for at in range(4)]
-    later = [sample.row["sample_id"] for sample in read_samples(storage, "new", since="old")]
+    later = [sample.row["sample_id"] for sample in read_samples(storage, "new", since=("old",))]
     assert later == [one for one in whole if one not in some]
     with pytest.raises(UserError, match="has no such release"):
         next(read_samples(storage, "none"))
