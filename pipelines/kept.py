@@ -77,13 +77,13 @@ def check_recipe(spec: Spec) -> None:
     if spec.recipe == "reflow" and "latents" not in tensors:
         raise ValueError("output.tensors: recipe reflow is noise and final latents; add latents, or leave the key out")
     if spec.recipe == "prompts":
-        for key, looks in (("judge", spec.judge.backend != "none"), ("caption", spec.caption is not None)):
-            if looks:
-                raise ValueError(f"{key}: recipe prompts makes no media to look at; remove it")
         if list(tensors) != ["text_embeddings"]:
             raise ValueError(
                 f"output.tensors: recipe prompts keeps text_embeddings and nothing else, found {', '.join(tensors) or 'none'}"
             )
+        for key, looks in (("judge", spec.judge.backend != "none"), ("caption", spec.caption is not None)):
+            if looks:
+                raise ValueError(f"{key}: recipe prompts makes no media to look at; remove it")
         if spec.samples_per_prompt > 1:
             raise ValueError(
                 f"samples_per_prompt: recipe prompts makes one row of a prompt, found {spec.samples_per_prompt}; remove it"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from infra.storage import Storage
 from infra.tables import read_dataset_json
+from pipelines.kept import told
 
 Role = Literal["latents", "noise", "trajectory"]
 
@@ -35,8 +35,8 @@ def text_dtype(storage: Storage) -> str:
 
 def text_ids(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """Ids of the kept embeddings of the row's prompt and of its negative prompt; None where there are none."""
-    extra = json.loads(row["extra_json"] or "{}")
-    return extra.get("text_id"), extra.get("negative_text_id")
+    said = told(row)
+    return said.get("text_id"), said.get("negative_text_id")
 
 
 def kept_nbytes(row: Mapping[str, Any]) -> int:
