@@ -29,7 +29,7 @@ import numpy as np
 
 from infra.errors import UserError
 from pipelines.exporters import Chunk, State, Target, samples_in
-from pipelines.exporters.rows import kept_tensor
+from pipelines.exporters.rows import kept_tensor, kept_timesteps
 from pipelines.samples import StoredSample, Trajectory
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class OneLmdb:
                 " accepted samples of a dataset that keeps them (recipe trajectory or reflow, or output.tensors)"
             )
         self._same("tensors", f"{form} of {list(reference['shape'])}", row)
+        if form == "trajectory":
+            self._same("states at timesteps", kept_timesteps(row), row)
 
     def chunk_samples(self, first: StoredSample) -> int:
         reference = kept_tensor(first.row, "trajectory") or kept_tensor(first.row, "latents")
@@ -143,9 +145,9 @@ class OneLmdb:
         if (known := self._state.setdefault(name, value)) != value:
             where = f"height = {row['height']} and width = {row['width']} and num_frames = {row['num_frames']}"
             raise UserError(
-                f"--release: {self._target.release} has samples of {name} {known} and {value}, and an LMDB is of one kind;"
-                f" make a release --where \"verdict = 'accepted' and {where} and plan_id = '{row['plan_id']}'\" and export"
-                " that"
+                f"--release: {self._target.release} has samples of {name} {str(known)[:80]} and {str(value)[:80]}, and an"
+                f" LMDB is of one kind; make a release --where \"verdict = 'accepted' and {where} and"
+                f" plan_id = '{row['plan_id']}'\" and export that"
             )
 
 

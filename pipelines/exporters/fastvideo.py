@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from infra.errors import UserError
 from infra.storage import replacing
 from pipelines.exporters import Chunk, State, Target, samples_in
+from pipelines.exporters.rows import kept_timesteps
 from pipelines.samples import StoredSample
 
 FOLDER = "combined_parquet_dataset/worker_0"
@@ -202,6 +203,8 @@ class Trajectories(FastVideo):
         super().check(sample)
         steps = sample.row["num_inference_steps"]
         self._same("num_inference_steps", steps, f"num_inference_steps = {self._state.get('num_inference_steps')}")
+        plan_id = self._state.setdefault("plan_id", sample.row["plan_id"])
+        self._same("states at timesteps", kept_timesteps(sample.row), f"plan_id = '{plan_id}'")
 
     def _row(self, sample: StoredSample) -> Row:
         row = sample.row

@@ -22,6 +22,12 @@ def kept_tensor(row: Mapping[str, Any], role: Role) -> Mapping[str, Any] | None:
     return next((item for item in row["tensors"] or () if item["role"] == role), None)
 
 
+def kept_timesteps(row: Mapping[str, Any]) -> list[float] | None:
+    """Timesteps of the kept states of the row's path; None where there are none."""
+    path = json.loads(row["extra_json"] or "{}").get("trajectory")
+    return None if path is None else path["timesteps"]
+
+
 def kept_dtype(reference: Mapping[str, Any]) -> str:
     """The numpy dtype that holds a tensor without loss: float16, or float32 (numpy has no bfloat16)."""
     return "float16" if reference["dtype"] == "float16" else "float32"

@@ -517,6 +517,22 @@ def test_samples_of_several_shapes_are_refused_with_the_condition_that_separates
     assert export(shapes, "v1", "fastvideo-text", str(tmp_path / "text")).samples == 7
 
 
+@pytest.mark.parametrize("to", ["fastvideo-ode", "causvid-lmdb"])
+def test_paths_of_several_schedules_are_refused_before_anything_is_written(
+    paths: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    def mixed(storage: Storage, name: str, *, since: tuple[str, ...] = ()) -> Iterator[StoredSample]:
+        for at, sample in enumerate(read_samples(storage, name)):
+            said = json.loads(sample.row["extra_json"])
+            said["trajectory"]["timesteps"][1] -= at // 2
+            yield StoredSample(storage, dict(sample.row) | {"extra_json": json.dumps(said)})
+
+    monkeypatch.setattr(exports, "read_samples", mixed)
+    with pytest.raises(UserError, match=r"v1 has samples of states at timesteps \[.*plan_id = '\w{32}'"):
+        export(paths, "v1", to, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_addition_is_held_to_the_shape_of_what_is_there(
     shapes: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -390,6 +390,7 @@ def test_report_and_card_of_a_dataset_with_tensors(recipe, dataset_of):
     assert ("media/*/*.tar" in card, "contact_sheet" in card) == (
         (True, True) if recipe == "trajectory" else (False, False)
     )
+    assert ("tensors[0].shard` in `embeddings`" in card) == (recipe == "prompts")
     assert storage.size("report/index.html") > 1000
 
 
