@@ -30,6 +30,7 @@ CARD_BYTES = 6_000
 COLUMNS = (
     "sample_id",
     "run_id",
+    "recipe",
     "prompt",
     "source_prompt",
     "negative_prompt",

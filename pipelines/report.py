@@ -168,7 +168,8 @@ def funnel_steps(facts: Facts) -> tuple[charts.Step, ...]:
     )
     steps = [charts.Step("planned", facts.planned)]
     steps.append(charts.Step("generated", made, note=_share(made, facts.planned)))
-    steps.append(charts.Step("passed ScoreMedia", facts.passed, note=_share(facts.passed, made)))
+    if any(cost.stage == "score" for cost in facts.costs):  # prompts alone are not scored
+        steps.append(charts.Step("passed ScoreMedia", facts.passed, note=_share(facts.passed, made)))
     if facts.screened:
         steps.append(charts.Step("screened", facts.screened, note=_share(facts.screened, facts.passed)))
     if facts.judged:

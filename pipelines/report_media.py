@@ -28,7 +28,8 @@ SUFFIXES = {"video/mp4": "mp4", "image/png": "png", "image/webp": "webp"}
 
 @dataclass(frozen=True)
 class Media:
-    """What a card shows. `kind` is video, image, strip (`frames` side by side) or none; `note` says why not more."""
+    """What a card shows. `kind` is video, image, strip (`frames` side by side) or none; `note` says why not
+    more, if there ever was more."""
 
     kind: str
     uri: str = ""
@@ -40,7 +41,7 @@ def show(storage: Storage, row: dict[str, Any], share: int) -> Media:
     """What can be shown of a row of `samples` in about `share` characters of a page."""
     item = _best(row)
     if item is None:
-        return Media("none", note="nothing that a page can show was kept of it")
+        return Media("none", note="" if row.get("recipe") == "prompts" else "nothing that a page can show was kept of it")
     try:
         data = _read(storage, item)
         too_large = len(data) * 4 // 3 > share

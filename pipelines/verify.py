@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from infra.control import live_runs, uncommitted_files
 from infra.schema import KEYS, TABLES
 from infra.storage import Storage
-from infra.tables import Table, dataset_exists
+from infra.tables import Table, dataset_exists, read_dataset_json
 from models.noise import noise_key, noise_sha256, standard_normal
 from pipelines.enumeration import Enumeration
 from pipelines.idset import IdSet
@@ -200,6 +200,8 @@ def _distilling(storage: Storage, run_id: str | None, read: bool, broken: Broken
     )
     if broken:
         return  # what a part that is lost held cannot be known
+    if not len(known) and read_dataset_json(storage).get("recipe", "synthetic") == "synthetic":
+        return  # its rows tell of neither, and their own columns may be large
     columns = ["sample_id", "recipe", "noise_key", "tensors", "plan_json", "extra_json"]
     for row in _each(_read(storage, "samples", columns, broken, where)):
         said = told(row) if row["recipe"] != "synthetic" or len(known) else {}
