@@ -41,7 +41,9 @@ def show(storage: Storage, row: dict[str, Any], share: int) -> Media:
     """What can be shown of a row of `samples` in about `share` characters of a page."""
     item = _best(row)
     if item is None:
-        return Media("none", note="" if row.get("recipe") == "prompts" else "nothing that a page can show was kept of it")
+        return Media(
+            "none", note="" if row.get("recipe") == "prompts" else "nothing that a page can show was kept of it"
+        )
     try:
         data = _read(storage, item)
         too_large = len(data) * 4 // 3 > share

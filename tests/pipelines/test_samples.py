@@ -349,13 +349,17 @@ def test_nobody_judges_prompts(tmp_path):
     assert (run.writing().judge, run.needs_model) == ("", False)
     assert [*dict(run.licences)] == ["pack://tiny"]
     assert parse_spec(run.spec.model_dump(mode="json")) == run.spec
+
+
 def test_a_users_own_columns_are_not_taken_for_ids(generate_from, tmp_path):
     mine = {"text_id": "t-1", "negative_text_id": "t-2", "noise_sha256": "x", "trajectory": "left", "shot": "wide"}
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a red cat"} | mine))
     storage = Storage(str(generate_from(prompts={"path": str(tmp_path / "prompts.jsonl")}, **OPEN)))
     release(storage, "v1")
     (sample,) = read_samples(storage, "v1")
-    assert mine.items() <= json.loads(sample.row["extra_json"]).items() and sample.noise().shape == sample.latents().shape
+    assert (
+        mine.items() <= json.loads(sample.row["extra_json"]).items() and sample.noise().shape == sample.latents().shape
+    )
     assert mine.items() <= json.loads(rows(storage, "prompts")[0]["extra_json"]).items()
     for to in ("hf", "webdataset"):
         assert export(storage, "v1", to, str(tmp_path / to)).samples == 1
