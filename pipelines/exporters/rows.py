@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ def kept_tensor(row: Mapping[str, Any], role: Role) -> Mapping[str, Any] | None:
 
 def kept_timesteps(row: Mapping[str, Any]) -> list[float] | None:
     """Timesteps of the kept states of the row's path; None where there are none."""
-    path = json.loads(row["extra_json"] or "{}").get("trajectory")
+    path = told(row).get("trajectory")
     return None if path is None else path["timesteps"]
 
 

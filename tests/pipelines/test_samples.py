@@ -200,6 +200,8 @@ def test_prompts_are_rows_without_media(dataset_of):
             sample.media()
         with pytest.raises(UserError, match="has no latents"):
             sample.noise()
+    page = Path(build_report(storage, sheet=False).path).read_text()
+    assert page.count('class="media empty"') == 6 and "ScoreMedia" not in page
 
 
 @pytest.mark.parametrize("recipe", SECTIONS)
