@@ -110,10 +110,12 @@ def read(samples: Sequence[StoredSample], wanted: Wanted) -> dict[str, np.ndarra
     columns: dict[str, list[np.ndarray]] = {}
     for sample in samples:
         check_row(sample.row, wanted)
-        one = {"noise": sample.noise(), "latents": sample.latents()}
+        path = None if wanted.places is None else sample.trajectory()
+        ends = path is not None and path.places[-1] == path.steps
+        one = {"noise": sample.noise(), "latents": path.states[-1] if path and ends else sample.latents()}
         one["prompt_embeds"] = padded(sample.text()["prompt_embeds"], wanted.text_length)
-        if wanted.places is not None:
-            one["states"] = states(sample.trajectory(), one, wanted)
+        if path is not None:
+            one["states"] = states(path, one, wanted)
         for name, value in one.items():
             columns.setdefault(name, []).append(value)
     shapes = {value.shape for value in columns["latents"]}
