@@ -364,7 +364,7 @@ def distill(
     dataset: Dataset,
     release: Annotated[str, typer.Option(help="Which release to learn from.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder of the student; running it again goes on.", show_default=False)],
-    method: Annotated[str | None, typer.Option(help="reflow, trajectory or consistency.")] = None,
+    method: Annotated[str | None, typer.Option(help="reflow, trajectory, consistency or distribution.")] = None,
     config: Annotated[str | None, typer.Option(metavar="FILE", help="Settings as a YAML file.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates of the weights.")] = None,
     minutes: Annotated[

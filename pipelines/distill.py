@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from infra.errors import UserError
 from infra.storage import Storage, replacing
+from models.hand_off import check_hand_off
+from models.loading import TeacherRef
 from models.source import content_sha256, resolve
 from pipelines import samples as stored
 from pipelines.distill_settings import Distill
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 TRAIN, HELD_OUT = "train", "validation"
 """Splits of a release."""
 
-REFLOW_STEPS = 4
-"""Of a student that was not trained for one step."""
+FEW_STEPS = 4
+"""Of a student whose method asks for no number."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class Job:
     sigmas: tuple[float, ...]
     """At each place, what the student is trained with."""
     timesteps: tuple[float, ...]
+    start_path: str | None = None
+    """Checkpoint of the first weights, where it is not the teacher."""
+    start_sha256: str | None = None
 
     @property
     def config(self) -> Distill:
@@ -72,12 +77,15 @@ class Job:
     @property
     def wanted(self) -> Wanted:
         plan = (self.teacher_guidance_scale, self.shift, self.text_length)
-        return Wanted(self.teacher_sha256, *plan, self.places, self.path_steps)
+        negative = self.config.method == "distribution" and self.teacher_guidance_scale > 1
+        return Wanted(self.teacher_sha256, *plan, self.places, self.path_steps, negative)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same to go on: where things lie may change, what they are may not."""
         kept = {
-            name: value for name, value in asdict(self).items() if name not in ("storage", "teacher_path", "settings")
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("storage", "teacher_path", "start_path", "settings")
         }
         return json.loads(json.dumps({**kept, "dataset": self.storage["root"], "settings": self.config.identity()}))
 
@@ -112,6 +120,7 @@ def prepare(storage: Storage, release: str, settings: Distill, out: Path) -> Job
             f" {row['model_sha256'][:12]}); put the old one back"
         )
     check_teacher(path)
+    start = _start(settings, row, path)
     shift = json.loads(row["plan_json"]).get("shift")
     scheduler = student_scheduler(load_scheduler(path), shift)
     places, path_steps, steps = _path_of(first, settings)
@@ -133,6 +142,8 @@ def prepare(storage: Storage, release: str, settings: Distill, out: Path) -> Job
         path_steps=path_steps,
         sigmas=sigmas,
         timesteps=timesteps,
+        start_path=start,
+        start_sha256=start and content_sha256(start),
     )
     read([first], job.wanted)  # what the release lacks is told now
     _refuse_other(job, out)
@@ -140,11 +151,25 @@ def prepare(storage: Storage, release: str, settings: Distill, out: Path) -> Job
     return job
 
 
+def _start(settings: Distill, row: Mapping[str, Any], teacher: str) -> str | None:
+    """Where the first weights lie, if not in the teacher."""
+    if settings.start is None:
+        return None
+    path = resolve(settings.start, "generator", key="start")
+    try:
+        check_hand_off(path, TeacherRef(teacher, row["model"], row["model_sha256"], 0, 1.0))
+    except UserError as error:
+        raise UserError(f"start: {error}") from error
+    return path
+
+
 def _path_of(sample: stored.StoredSample, settings: Distill) -> tuple[tuple[int, ...] | None, int, int]:
     """Places that are read, the teacher's steps, and the student's."""
     wanted = settings.num_inference_steps
     if settings.method == "reflow":
-        return None, 0, wanted or (1 if settings.reflow.stages[-1] == "distill" else REFLOW_STEPS)
+        return None, 0, wanted or (1 if settings.reflow.stages[-1] == "distill" else FEW_STEPS)
+    if settings.method == "distribution":
+        return None, 0, wanted or FEW_STEPS
     if settings.method == "consistency":
         if settings.consistency.along == "coupling":
             return None, 0, wanted or 1

@@ -27,8 +27,8 @@ from pipelines.distill import TRAIN, Job
 from pipelines.distill_stream import Samples, batches, drawn
 
 if TYPE_CHECKING:
-    from models.distill.average import Target
-    from models.distill.student import Batch
+    from models.distill.average import Companion
+    from models.distill.student import Batch, Denoiser
     from models.distill.trainer import Phase, Progress, TrainerConfig
 
 USER_ERROR = 2
@@ -54,9 +54,6 @@ def train(job: Job, folder: Path, samples: Samples, minutes: float) -> None:
     """Train on this rank from the newest state to the end, `minutes` or SIGTERM, and leave the averaged weights."""
     from safetensors.torch import save_file
 
-    from models.distill.assemble import load_transformer
-    from models.distill.average import Target
-    from models.distill.student import Denoiser
     from models.distill.trainer import Trainer, join_group
 
     settings = job.config
@@ -65,18 +62,10 @@ def train(job: Job, folder: Path, samples: Samples, minutes: float) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints; stdout is for progress
         device = join_group()
     config = trainer_config(job, device)
-
-    def network() -> Denoiser:
-        autocast = torch.bfloat16 if config.precision == "autocast" else None
-        checkpointing = settings.deepspeed.gradient_checkpointing
-        return Denoiser(load_transformer(job.teacher_path, gradient_checkpointing=checkpointing), autocast)
-
-    model, target = network(), None
-    if settings.method == "consistency":
-        target = Target(network().to(device), settings.consistency.target_decay)
     rank = distributed.get_rank()
     with contextlib.redirect_stdout(sys.stderr):
-        trainer = Trainer(model, phases(job, target), config, folder, device, target)
+        parts, companion = phases(job, config, device)
+        trainer = Trainer(network(job, config, job.start_path), parts, config, folder, device, companion)
     curve = Curve(folder / "loss.csv", trainer.step) if rank == 0 else None
     if curve is not None:
         _say({"event": "started", "step": trainer.step, "steps": trainer.steps})
@@ -123,23 +112,43 @@ def trainer_config(job: Job, device: torch.device) -> TrainerConfig:
     )
 
 
-def phases(job: Job, target: Target | None = None) -> tuple[Phase, ...]:
-    """What the method trains, in order. `target` is the network that consistency compares with."""
+def network(job: Job, config: TrainerConfig, path: str | None = None) -> Denoiser:
+    """The denoiser of a checkpoint, or of the teacher."""
+    from models.distill.assemble import load_transformer
+    from models.distill.student import Denoiser
+
+    autocast = torch.bfloat16 if config.precision == "autocast" else None
+    checkpointing = job.config.deepspeed.gradient_checkpointing
+    return Denoiser(load_transformer(path or job.teacher_path, gradient_checkpointing=checkpointing), autocast)
+
+
+def phases(job: Job, config: TrainerConfig, device: torch.device) -> tuple[tuple[Phase, ...], Companion | None]:
+    """What the method trains, in order, and what it keeps beside the student."""
     from models.distill.assemble import load_scheduler
+    from models.distill.average import Target
     from models.distill.consistency import Consistency
+    from models.distill.distribution import Critic, Distribution
     from models.distill.reflow import Reflow, Straight
     from models.distill.schedule import Schedule, student_scheduler
-    from models.distill.trainer import Phase
+    from models.distill.trainer import Phase, engine_of
     from models.distill.trajectory import Trajectory
 
     settings, scheduler = job.config, student_scheduler(load_scheduler(job.teacher_path), job.shift)
     if settings.method == "trajectory":
         said = settings.trajectory
-        return (Phase("trajectory", settings.steps, Trajectory(said.weight, said.own, said.distance, said.huber)),)
+        loss = Trajectory(said.weight, said.own, said.distance, said.huber)
+        return (Phase("trajectory", settings.steps, loss),), None
+    if settings.method == "distribution":
+        teacher = network(job, config).to(device).requires_grad_(False).eval()
+        engine = engine_of(network(job, config), config, settings.distribution.critic_learning_rate)
+        critic = Critic(engine, settings.distribution.critic_updates, shift := scheduler.config.flow_shift)
+        steps = Schedule.of(scheduler, job.num_inference_steps)
+        matching = Distribution(teacher, critic, job.teacher_guidance_scale, steps.sigmas, steps.timesteps, shift)
+        return (Phase("distribution", settings.steps, matching),), critic
     if settings.method == "consistency":
-        assert target is not None
+        target = Target(network(job, config).to(device), settings.consistency.target_decay)
         line = Schedule.of(scheduler, settings.consistency.pieces)
-        loss = Consistency(
+        consistency = Consistency(
             target.network,
             settings.consistency.along,
             line.sigmas,
@@ -147,17 +156,17 @@ def phases(job: Job, target: Target | None = None) -> tuple[Phase, ...]:
             settings.consistency.distance,
             settings.consistency.huber,
         )
-        return (Phase("consistency", settings.steps, loss),)
+        return (Phase("consistency", settings.steps, consistency),), target
     said_of = settings.reflow
     losses: dict[str, Any] = {
         "reflow": Reflow(said_of.u_shape, said_of.distance, said_of.huber),
         "distill": Straight(Schedule.of(scheduler, 1).timesteps[0], said_of.distance, said_of.huber),
     }
     if len(said_of.stages) == 1:
-        return (Phase(said_of.stages[0], settings.steps, losses[said_of.stages[0]]),)
+        return (Phase(said_of.stages[0], settings.steps, losses[said_of.stages[0]]),), None
     last = min(settings.steps - 1, max(1, round(settings.steps * said_of.last_share)))
-    steps = (settings.steps - last, last)
-    return tuple(Phase(name, count, losses[name]) for name, count in zip(said_of.stages, steps, strict=True))
+    counts = (settings.steps - last, last)
+    return tuple(Phase(name, count, losses[name]) for name, count in zip(said_of.stages, counts, strict=True)), None
 
 
 def _batch(job: Job, columns: dict[str, Any]) -> Batch:

@@ -14,7 +14,7 @@ from models.distill.distance import HUBER, Distance
 from pipelines.overrides import override
 from pipelines.sections import Section
 
-Method = Literal["reflow", "trajectory", "consistency"]
+Method = Literal["reflow", "trajectory", "consistency", "distribution"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -63,6 +63,13 @@ class ConsistencySection(Section):
     huber: float = Field(HUBER, gt=0, description="Of pseudo-Huber.")
 
 
+class DistributionSection(Section):
+    """The student's own samples are drawn to where its teacher finds more of them than the student makes."""
+
+    critic_learning_rate: float = Field(3e-4, gt=0, description="Of the critic, which learns what the student makes.")
+    critic_updates: int = Field(4, ge=1, description="Of the critic, for each of the student.")
+
+
 class OptimizerSection(Section):
     """AdamW with a warm-up and a cosine."""
 
@@ -98,12 +105,16 @@ class EvaluateSection(Section):
 class Distill(Section):
     """One training of a student."""
 
-    method: Method = Field(description="reflow, trajectory or consistency.")
+    method: Method = Field(description="reflow, trajectory, consistency or distribution.")
     steps: int = Field(10_000, ge=1, description="Updates of the weights, all stages together.")
     batch_size: int = Field(16, ge=1, description="Samples of each process at once.")
     accumulate: int = Field(1, ge=1, description="Batches of one update.")
     num_inference_steps: int | None = Field(
         None, ge=1, description="Steps of the student; left out, those it is trained for."
+    )
+    start: str | None = Field(
+        None,
+        description="Checkpoint that the student's weights start from, such as another student; left out, the teacher.",
     )
     seed: int = Field(0, ge=0, description="Of the order of the data and of what is drawn.")
     ema: float = Field(0.999, ge=0, lt=1, description="Decay of the average of the weights that becomes the student.")
@@ -111,6 +122,7 @@ class Distill(Section):
     reflow: ReflowSection = ReflowSection()
     trajectory: TrajectorySection = TrajectorySection()
     consistency: ConsistencySection = ConsistencySection()
+    distribution: DistributionSection = DistributionSection()
     optimizer: OptimizerSection = OptimizerSection()
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     evaluate: EvaluateSection = EvaluateSection()

@@ -40,6 +40,8 @@ class Wanted:
     """States of the path, 0 first; None for none."""
     steps: int = 0
     """Of the teacher, the last place."""
+    negative: bool = False
+    """Embeddings of negative prompts too."""
 
 
 def drawn(samples: Samples, split: str, seed: int, window: int) -> Iterator[StoredSample]:
@@ -105,8 +107,8 @@ def batches(order: Iterator[StoredSample], wanted: Wanted, size: int, skipped: i
 
 
 def read(samples: Sequence[StoredSample], wanted: Wanted) -> dict[str, np.ndarray]:
-    """noise, latents [B, *latent_shape], prompt_embeds [B, text_length, width], and states [B, S, *latent_shape] if wanted;
-    all float32. UserError where a sample is not the teacher's or lacks any of them."""
+    """noise, latents [B, *latent_shape], prompt_embeds [B, text_length, width], and if wanted negative_embeds, as these, and
+    states [B, S, *latent_shape]; all float32. UserError where a sample is not the teacher's or lacks any of them."""
     columns: dict[str, list[np.ndarray]] = {}
     for sample in samples:
         check_row(sample.row, wanted)
@@ -114,6 +116,8 @@ def read(samples: Sequence[StoredSample], wanted: Wanted) -> dict[str, np.ndarra
         ends = path is not None and path.places[-1] == path.steps
         one = {"noise": sample.noise(), "latents": path.states[-1] if path and ends else sample.latents()}
         one["prompt_embeds"] = padded(sample.text()["prompt_embeds"], wanted.text_length)
+        if wanted.negative:
+            one["negative_embeds"] = padded(sample.negative_text()["prompt_embeds"], wanted.text_length)
         if path is not None:
             one["states"] = states(path, one, wanted)
         for name, value in one.items():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 _MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
 """What ZeRO 1 and 2, ZeRO 3 and DeepSpeed's bfloat16 optimizer call the float32 weights that this rank keeps."""
@@ -65,6 +66,17 @@ def full_weights(engine: Any, module: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+class Companion(Protocol):
+    """What a method keeps beside the student, and a training's states with it. All calls are of all ranks together."""
+
+    def update(self, student: nn.Module) -> None:
+        """After each step."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path, device: torch.device) -> None: ...
+
+
 class Target:
     """A second network that follows the student's weights: what a consistency loss compares with. Whole on each rank."""
 
@@ -80,3 +92,10 @@ class Target:
         with deepspeed.zero.GatheredParameters([weight for _, weight in pairs]):
             for mine, weight in pairs:
                 mine.lerp_(weight.to(mine.dtype), 1 - self.decay)
+
+    def save(self, folder: Path) -> None:
+        if distributed.get_rank() == 0:
+            torch.save(self.network.state_dict(), folder / "target.pt")
+
+    def load(self, folder: Path, device: torch.device) -> None:
+        self.network.load_state_dict(torch.load(folder / "target.pt", map_location=device, weights_only=True))

@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 
 from infra.errors import UserError
-from models.distill.average import Average, Target
+from models.distill.average import Average, Companion
 
 KEPT = 2
 """States that are kept, in case the newest cannot be read."""
@@ -41,7 +41,7 @@ class States:
     def _said(self) -> dict[str, Any]:
         return dict(json.loads((self.folder / "latest.json").read_text()))
 
-    def save(self, step: int, engine: Any, average: Average, target: Target | None) -> None:
+    def save(self, step: int, engine: Any, average: Average, companion: Companion | None) -> None:
         """All ranks together."""
         rank = distributed.get_rank()
         folder = self.folder / _tag(step)
@@ -51,8 +51,8 @@ class States:
         distributed.barrier()
         engine.save_checkpoint(str(self.folder), tag=_tag(step), save_latest=False)
         torch.save(average.parts, folder / f"average-{rank}.pt")
-        if target is not None and rank == 0:
-            torch.save(target.network.state_dict(), folder / "target.pt")
+        if companion is not None:
+            companion.save(folder)
         distributed.barrier()
         if rank == 0:
             beside = self.folder / "latest.json.part"
@@ -66,7 +66,7 @@ class States:
             for old in [*states[: -KEPT - len(later)], *later]:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def load(self, step: int, engine: Any, average: Average, target: Target | None) -> None:
+    def load(self, step: int, engine: Any, average: Average, companion: Companion | None) -> None:
         """All ranks together, on as many as saved it; UserError on others."""
         folder, world = self.folder / _tag(step), distributed.get_world_size()
         if (saved := int(self._said()["world"])) != world:
@@ -81,8 +81,8 @@ class States:
         parts = torch.load(folder / f"average-{distributed.get_rank()}.pt", map_location=device, weights_only=True)
         for part, saved in zip(average.parts, parts, strict=True):
             part.copy_(saved)
-        if target is not None:
-            target.network.load_state_dict(torch.load(folder / "target.pt", map_location=device, weights_only=True))
+        if companion is not None:
+            companion.load(folder, device)
 
 
 def _tag(step: int) -> str:

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from infra.errors import UserError
-from models.distill.average import Average, Target, full_weights
+from models.distill.average import Average, Companion, full_weights
 from models.distill.state import States
 from models.distill.student import Batch, Denoiser, Loss
 
@@ -99,7 +99,7 @@ class Progress:
 class Trainer:
     """A student in training on this rank. `folder` holds its states; on creation it goes on from the newest.
 
-    `model` computes on `device`; `target` follows it where the method compares with an average.
+    `model` computes on `device`; `companion` is what the method keeps beside it, if anything.
     """
 
     model: Denoiser
@@ -107,22 +107,16 @@ class Trainer:
     config: TrainerConfig
     folder: Path
     device: torch.device
-    target: Target | None = None
+    companion: Companion | None = None
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        import deepspeed
-
-        config = self.config
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        )
-        self.engine = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config.deepspeed())[0]
-        self.average = Average(self.engine, config.ema)
+        self.engine = engine_of(self.model, self.config, self.config.learning_rate)
+        self.average = Average(self.engine, self.config.ema)
         self.states = States(self.folder / "state")
         self._saved = time.monotonic()
         if (latest := self.states.latest()) is not None:
-            self.states.load(latest, self.engine, self.average, self.target)
+            self.states.load(latest, self.engine, self.average, self.companion)
             self.step = latest
 
     @property
@@ -165,7 +159,7 @@ class Trainer:
 
     def save(self) -> None:
         """All ranks together."""
-        self.states.save(self.step, self.engine, self.average, self.target)
+        self.states.save(self.step, self.engine, self.average, self.companion)
         self._saved = time.monotonic()
 
     def weights(self, averaged: bool = True) -> dict[str, torch.Tensor]:
@@ -188,8 +182,8 @@ class Trainer:
             self.engine.step()
             total += loss.item()
         self.average.update(at)
-        if self.target is not None:
-            self.target.update(self.model)
+        if self.companion is not None:
+            self.companion.update(self.model)
         self.step += 1
         return total / self.config.accumulate
 
@@ -208,6 +202,16 @@ class Trainer:
         flag = torch.tensor(float(wish), device=self.device)
         distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
         return bool(flag.item())
+
+
+def engine_of(model: nn.Module, config: TrainerConfig, learning_rate: float) -> Any:
+    """DeepSpeed's engine of a model and an AdamW of its own."""
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config.deepspeed())[0]
 
 
 def draws(seed: int, *place: int) -> np.random.Generator:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from models.distill.distance import HUBER, Distance, distances
-from models.distill.student import Batch, Student, evenly, over
+from models.distill.student import Batch, Student, evenly, over, reached
 
 Weight = Literal["uniform", "state", "signal"]
 
@@ -43,25 +43,11 @@ class Trajectory:
         here, step = states[rows, at], (sigmas.diff())[at]
         if self.own:
             own = torch.from_numpy(evenly(rng, len(states)) < self.own)
-            here = torch.where(over(own, here) > 0, _reached(student, batch, at), here)
+            there = reached(student, states[:, 0], batch.prompt_embeds, sigmas, timesteps, at)
+            here = torch.where(over(own, here) > 0, there, here)
         target = (states[rows, at + 1] - here) / over(step, here)
         difference = student(here, timesteps[at], batch.prompt_embeds) - target
         if self.weight != "uniform":
             far = sigmas.diff() if self.weight == "state" else sigmas.diff() / (1 - sigmas[1:])
             difference = difference * over((far / far.mean())[at], here)
         return distances(difference, self.distance, self.huber).mean()
-
-
-@torch.no_grad()
-def _reached(student: Student, batch: Batch, at: torch.Tensor) -> torch.Tensor:
-    """[B, *latent_shape]: where the student is after `at` steps of its own. Every rank asks it equally often, as ZeRO-3
-    needs."""
-    states, sigmas, timesteps = batch.path()
-    here = states[:, 0].clone()
-    for step in range(len(sigmas) - 2):
-        rows = torch.nonzero(at > step).flatten()
-        rows = rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=at.device)
-        velocity = student(here[rows], timesteps[step].expand(len(rows)), batch.prompt_embeds[rows])
-        reached = here[rows] + (sigmas[step + 1] - sigmas[step]) * velocity
-        here[rows] = torch.where(over(at[rows] > step, reached) > 0, reached, here[rows])
-    return here

@@ -291,6 +291,8 @@ def test_a_release_that_the_stages_made_is_learnt_from_and_its_student_is_no_tea
     assert train(job, tmp_path / "student", 60.0) == 1
     assert publish(job, tmp_path / "student", 1) is None  # six prompts, none of them held out
 
+    _matches_distributions(teacher, tmp_path / "student", tmp_path / "matched")
+
     student = {"model": str(tmp_path / "student"), "teacher_steps": 1}  # the rest says its ditmill.json
     both = Storage(
         str(generate_from(**made, generators=[student], sampler={"num_inference_steps": 2, "guidance_scale": 1.0}))
@@ -304,6 +306,27 @@ def test_a_release_that_the_stages_made_is_learnt_from_and_its_student_is_no_tea
     wild = settings(optimizer={"learning_rate": 1e30, "warmup_steps": 0}, num_inference_steps=2)
     with pytest.raises(UserError, match=r"^optimizer\.learning_rate: the loss is"):
         train(prepare(teacher, "v1", wild, tmp_path / "wild"), tmp_path / "wild", 60.0)
+
+
+def _matches_distributions(teacher: Storage, start: Path, out: Path) -> None:
+    """From a student's weights, with the teacher's guidance."""
+    from safetensors.numpy import load_file
+
+    asked: dict[str, Any] = {"method": "distribution", "num_inference_steps": 2, "steps": 2}
+    job = prepare(teacher, "v1", settings(**asked, start=str(start)), out)
+    assert (job.num_inference_steps, job.places, job.start_path) == (2, None, str(start))
+    sample = next(stored.read_samples(teacher, "v1"))
+    negative = read([sample], job.wanted)["negative_embeds"][0]
+    assert np.array_equal(negative, padded(sample.negative_text()["prompt_embeds"], job.text_length))
+    assert not np.array_equal(negative, read([sample], job.wanted)["prompt_embeds"][0])
+    with pytest.raises(UserError, match=r"^--out .*start was"):
+        prepare(teacher, "v1", settings(**asked), out)
+    with pytest.raises(UserError, match=r"^start: "):
+        prepare(teacher, "v1", settings(**asked, start=str(out / "nowhere")), out)
+    assert train(job, out, 60.0) == 2
+    before, after = (load_file(folder / "weights" / "average.safetensors") for folder in (start, out))
+    assert any((before[name] != value).any() for name, value in after.items())
+    assert max(abs(before[name] - value).max() for name, value in after.items()) < 0.05  # and not the teacher's, moved
 
 
 def test_ends_of_a_path_need_not_be_kept() -> None:

@@ -29,21 +29,29 @@ def train(job: dict[str, Any], device: Any) -> None:
 
     from models.distill.average import Target
     from models.distill.consistency import Consistency
+    from models.distill.distribution import Critic, Distribution
     from models.distill.reflow import Reflow, Straight
     from models.distill.student import Batch, Denoiser
-    from models.distill.trainer import Phase, Trainer, TrainerConfig, draws
+    from models.distill.trainer import Phase, Trainer, TrainerConfig, draws, engine_of
     from models.distill.trajectory import Trajectory
 
     config = TrainerConfig(**job["config"])
     autocast = torch.bfloat16 if config.precision == "autocast" else None
     model = Denoiser(tiny_transformer(), autocast)
-    target = Target(Denoiser(tiny_transformer(), autocast), 0.9) if job["method"] == "consistency" else None
+    companion: Any = None
+    if job["method"] == "consistency":
+        companion = Target(Denoiser(tiny_transformer(), autocast), 0.9)
+    if job["method"] == "distribution":
+        companion = Critic(engine_of(Denoiser(tiny_transformer(), autocast), config, 2e-3), updates=2, shift=3.0)
+    teacher = Denoiser(tiny_transformer(), autocast).requires_grad_(False)
+    steps = ((1.0, 0.75, 0.0), (999.0, 750.0))
     phases = {
         "reflow": lambda: (Phase("reflow", 4, Reflow()), Phase("distill", 3, Straight())),
         "trajectory": lambda: (Phase("trajectory", 7, Trajectory()),),
-        "consistency": lambda: (Phase("consistency", 7, Consistency(target.network)),),
+        "consistency": lambda: (Phase("consistency", 7, Consistency(companion.network)),),
+        "distribution": lambda: (Phase("distribution", 7, Distribution(teacher, companion, 1.5, *steps, 3.0)),),
     }[job["method"]]()
-    trainer = Trainer(model, phases, config, Path(job["folder"]), device, target)
+    trainer = Trainer(model, phases, config, Path(job["folder"]), device, companion)
     rank = distributed.get_rank()
 
     def batches(step: int) -> Iterator[Batch]:
@@ -54,7 +62,7 @@ def train(job: dict[str, Any], device: Any) -> None:
                 for shape in ((4, 2, 4, 4), (4, 2, 4, 4), (3, 8), (3, 4, 2, 4, 4))
             )
             sigmas, timesteps = torch.tensor([1.0, 0.5, 0.0]), torch.tensor([999.0, 500.0, 0.0])
-            yield Batch(noise, latents, text, states, sigmas, timesteps)
+            yield Batch(noise, latents, text, states, sigmas, timesteps, torch.zeros_like(text))
             step += 1
             if rank == 0 and step // config.accumulate == job["killed_at"]:
                 os.kill(os.getpid(), signal.SIGKILL)

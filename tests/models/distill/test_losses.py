@@ -13,6 +13,7 @@ from torch import nn
 
 from models.distill.consistency import Consistency
 from models.distill.distance import distances
+from models.distill.distribution import Critic, Distribution
 from models.distill.reflow import Reflow, Straight, u_shaped
 from models.distill.student import Batch, Loss
 from models.distill.trajectory import Trajectory
@@ -219,3 +220,93 @@ def test_reflow_learns_the_velocity_of_the_line_at_every_place() -> None:
         Reflow(distance="squared")(student, Batch(noise, GAIN * noise, torch.zeros(32, 1, 1)), draw).backward()
         optimizer.step()
     assert student.rest.item() == pytest.approx(GAIN, abs=1e-3)
+
+
+class Engine:
+    """As much of DeepSpeed's as a critic uses."""
+
+    def __init__(self, network: nn.Module, learning_rate: float) -> None:
+        self.network = network
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+
+    def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.network(*arguments)
+        return found
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class Bell(nn.Module):
+    """The exact velocity of latents that are normal with this mean and deviation."""
+
+    def __init__(self, mean: float, deviation: float) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean))
+        self.log = nn.Parameter(torch.tensor(deviation).log())
+
+    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        s, spread = (timestep / 1000).reshape(-1, 1, 1, 1, 1), (2 * self.log).exp()
+        off = (latents - (1 - s) * self.mean) / ((1 - s) ** 2 * spread + s**2)
+        return s * off - self.mean - (1 - s) * spread * off
+
+
+def test_distribution_asks_for_what_the_teacher_finds_and_the_critic_does_not() -> None:
+    def says(clean: float) -> Callable[..., torch.Tensor]:
+        return lambda latents, timestep, prompt_embeds: (latents - clean) / (timestep / 1000).reshape(-1, 1, 1, 1, 1)
+
+    critic = Critic(says(2.0), updates=1, shift=3.0)
+    loss = Distribution(says(5.0), critic, 1.0, (1.0, 0.0), (1000.0,), 3.0)
+    student = Bell(0.0, 1e-6)  # makes 0, whatever the noise
+    value = loss(student, batch(9.0, 9.0), rng())
+    # made 0, teacher 5, critic 2: (2 - 5) / |0 - 5|, squared and halved
+    assert value.item() == pytest.approx(0.5 * 0.6**2, rel=1e-4)
+    value.backward()
+    assert student.mean.grad is not None and student.mean.grad.item() == pytest.approx(-0.6, rel=1e-3)
+
+
+def test_distribution_is_guided_as_the_teacher_was() -> None:
+    def teacher(latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        clean = 4.0 if prompt_embeds.sum() == 0 else 3.0
+        return (latents - clean) / (timestep / 1000).reshape(-1, 1, 1, 1, 1)
+
+    told = batch(9.0, 9.0)
+    loss = Distribution(teacher, Critic(constant(0.0), 1, 3.0), 2.0, (1.0, 0.0), (1000.0,), 3.0)
+    with pytest.raises(ValueError, match="negative"):
+        loss(Bell(0.0, 1e-6), told, rng())
+    told = Batch(told.noise, told.latents, told.prompt_embeds, negative_embeds=torch.ones(8, 1, 1))
+    loss = Distribution(
+        teacher,
+        Critic(lambda x, t, c: (x - 2.0) / (t / 1000).reshape(-1, 1, 1, 1, 1), 1, 3.0),
+        2.0,
+        (1.0, 0.0),
+        (1000.0,),
+        3.0,
+    )
+    # 3 + 2 (4 - 3) = 5, as above
+    assert loss(Bell(0.0, 1e-6), told, rng()).item() == pytest.approx(0.5 * 0.6**2, rel=1e-4)
+
+
+def test_distribution_matching_ends_where_the_teachers_samples_are() -> None:
+    teacher, student = Bell(2.0, 0.5).requires_grad_(False), Bell(0.0, 1.0)
+    critic = Critic(Engine(Bell(0.0, 1.0), 0.05), updates=4, shift=3.0)
+    loss = Distribution(teacher, critic, 1.0, (1.0, 0.75, 0.0), (1000.0, 750.0), 3.0)
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
+    told = Batch(torch.zeros(64, 1, 1, 2, 2), torch.zeros(64, 1, 1, 2, 2), torch.zeros(64, 1, 1))
+    for step in range(500):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * (1 - step / 500)
+        optimizer.zero_grad()
+        loss(student, told, rng(step)).backward()
+        optimizer.step()
+        critic.update(student)
+    x = torch.from_numpy(rng(1).standard_normal((4096, 1, 1, 1, 1), dtype=np.float32))
+    with torch.no_grad():
+        for here, there in ((1.0, 0.75), (0.75, 0.0)):
+            x = x + (there - here) * student(x, torch.full((len(x),), 1000 * here), torch.zeros(1))
+    assert x.mean().item() == pytest.approx(2.0, abs=0.05)
+    assert critic.engine.network.mean.item() == pytest.approx(2.0, abs=0.2)

@@ -27,6 +27,8 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-2": ("trajectory", {"zero": 2}),
     "zero-3": ("trajectory", {"zero": 3}),
     "consistency": ("consistency", {"zero": 2, "accumulate": 2}),
+    "distribution": ("distribution", {"zero": 2, "accumulate": 2}),
+    "distribution-3": ("distribution", {"zero": 3, "accumulate": 2}),
     "reflow": ("reflow", {"zero": 3, "precision": "bfloat16", "accumulate": 2}),
 }
 SETTINGS = {"batch_size": 2, "checkpoint_steps": 2, "log_steps": 1, "learning_rate": 1e-3, "warmup_steps": 2}
@@ -70,8 +72,14 @@ def test_zero_1_2_and_3_on_two_ranks_train_the_same_student(whole: Path) -> None
         np.testing.assert_allclose(three[name], value, atol=1e-5)
 
 
+def test_distribution_matching_trains_student_and_critic_alike_whatever_zero_divides(whole: Path) -> None:
+    two, three = weights(whole / "distribution"), weights(whole / "distribution-3")
+    for name, value in two.items():
+        np.testing.assert_allclose(three[name], value, atol=1e-5)
+
+
 def test_killed_trainings_end_bit_for_bit_where_uninterrupted_ones_do(whole: Path, tmp_path: Path) -> None:
-    names = ("consistency", "reflow")
+    names = ("consistency", "distribution", "reflow")
     for name in names:
         killed = train(tmp_path, name, killed_at=3 + os.urandom(1)[0] % 4)
         assert killed.code == -signal.SIGKILL, killed.tail
