@@ -1,17 +1,29 @@
-"""What the arguments of commands name: a dataset, a spec, a size; and what to say of a disk that refuses."""
+"""The arguments that commands share and what they name: a dataset, a spec, a size; what to say of a disk that refuses."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from infra.errors import UserError
 
 if TYPE_CHECKING:
     from infra.storage import Storage
     from pipelines.spec import Spec
+
+SpecPath = Annotated[Path, typer.Argument(help="The spec, a YAML file.", show_default=False)]
+Dataset = Annotated[
+    str, typer.Argument(help="The dataset: a folder, an fsspec URL, or the spec that made it.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the spec, such as layout.batch_size=4."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def stored_dataset(dataset: str) -> Storage:
