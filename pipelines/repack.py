@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from infra.errors import UserError
-from infra.shard import TarWriter, is_member, outside
+from infra.members import MemberError, read_member
+from infra.shard import TarWriter, is_member
 from infra.storage import Storage
 from stages.write import sidecar
 
@@ -75,14 +76,10 @@ def _members(storage: Storage, row: Row) -> Iterator[tuple[str, bytes]]:
         )
     yield f"{row['sample_id']}.json", sidecar(row)
     for item in (*row["media"], *row["tensors"]):
-        place = " ".join(f"sample {row['sample_id']}: {item['shard']} {item['member']}".split())
-        mend = "withdraw the sample, or restore the file (`ditmill verify` lists what else is wrong)"
-        if outside(item["shard"]) or not is_member(item["member"], row["sample_id"]):
-            raise UserError(f"{place}: lies outside of the dataset, or has not the sample's name; {mend}")
         try:
-            data = storage.read_bytes(item["shard"], item["offset"], item["offset"] + item["nbytes"])
-        except FileNotFoundError as error:
-            raise UserError(f"{place}: is not there; {mend}") from error
-        if hashlib.sha256(data).hexdigest() != item["sha256"]:
-            raise UserError(f"{place}: its bytes do not have the recorded sha256; {mend}")
+            if not is_member(item["member"], row["sample_id"]):
+                raise MemberError("broken", item, "lies outside of the dataset, or has not the sample's name")
+            data = read_member(storage, item)
+        except MemberError as error:
+            raise UserError(f"sample {row['sample_id']}: {error}") from error
         yield item["member"], data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import UserError
-from infra.shard import outside, read_arrays, read_safetensors
+from infra.members import read_member
+from infra.shard import read_arrays, read_safetensors
 from infra.storage import Storage
 from infra.tables import Table
 from models.noise import noise_sha256, standard_normal
@@ -98,7 +98,7 @@ class StoredSample:
         item = next((item for item in self.row["media"] or () if item["role"] != "preview"), None)
         if item is None:
             raise UserError(f"sample {self._id}: has no media; its recipe, or output.keep_rejected, keeps none")
-        return _read(self.storage, item), item["member"].rpartition(".")[2]
+        return read_member(self.storage, item), item["member"].rpartition(".")[2]
 
     @property
     def _id(self) -> str:
@@ -124,7 +124,7 @@ class StoredSample:
         item = self._tensor(role)
         if item is None:
             raise self._lacks(role)
-        return read_safetensors(_read(self.storage, item), role)
+        return read_safetensors(read_member(self.storage, item), role)
 
     def _lacks(self, role: str) -> UserError:
         key = "trajectory.keep" if role == "trajectory" else f"output.tensors.{role}"
@@ -175,20 +175,6 @@ def _ids(storage: Storage, release: Released) -> Iterator[pa.Array]:
             yield from pq.read_table(file, columns=["sample_id"])["sample_id"].chunks
 
 
-def _read(storage: Storage, item: Mapping[str, Any]) -> bytes:
-    """The bytes that a row refers to, which must be those that were recorded."""
-    where = f"{item['shard']} {item['member']}"
-    if outside(item["shard"]):
-        raise UserError(f"{where}: lies outside of the dataset; restore the row, or withdraw the sample")
-    try:
-        data = storage.read_bytes(item["shard"], item["offset"], item["offset"] + item["nbytes"])
-    except FileNotFoundError as error:
-        raise UserError(f"{where}: is not there; `ditmill verify` lists what else is missing") from error
-    if hashlib.sha256(data).hexdigest() != item["sha256"]:
-        raise UserError(f"{where}: its bytes do not have the recorded sha256; withdraw the sample, or restore the file")
-    return data
-
-
 @lru_cache(maxsize=256)
 def _planned_shape(plan_json: str) -> list[int] | None:
     latents = json.loads(plan_json).get("latents")
@@ -219,7 +205,7 @@ def _text(storage: Storage, text_id: str) -> Mapping[str, np.ndarray]:
         item = _texts[storage].find(text_id)
     if item is None:
         raise UserError(f"text {text_id}: is not in `embeddings`; `ditmill verify` lists what else is missing")
-    arrays = read_arrays(_read(storage, item))
+    arrays = read_arrays(read_member(storage, item))
     for array in arrays.values():
         array.setflags(write=False)
     return arrays

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.control import live_runs, uncommitted_files
+from infra.members import MemberError, read_members
 from infra.schema import KEYS, TABLES
 from infra.storage import Storage
 from infra.tables import Table, dataset_exists, read_dataset_json
@@ -185,11 +186,9 @@ class _Held:
 
 def _changed(storage: Storage, items: list[dict[str, Any]]) -> Iterator[Finding]:
     """Members of shards whose bytes are not those that were recorded; no other byte is read."""
-    places = [(item["shard"], item["offset"], item["offset"] + item["nbytes"]) for item in items]
-    for item, data in zip(items, storage.read_ranges(places), strict=True):
-        if hashlib.sha256(data).hexdigest() != item["sha256"]:
-            where = f"{item['shard']} {item['member']}"
-            yield Finding("media_changed", where, "its bytes do not have the recorded sha256")
+    for found in read_members(storage, items):
+        if isinstance(found, MemberError):
+            yield Finding("media_changed", found.where, found.said)
 
 
 def _distilling(storage: Storage, run_id: str | None, read: bool, broken: Broken) -> Iterator[Finding]:

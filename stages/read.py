@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from infra.shard import outside, read_safetensors
+from infra.members import MemberError, read_members
+from infra.shard import read_safetensors
 from infra.storage import Storage
 from stages.batch import Batch, HoldsStage, size, texts
 
@@ -43,7 +42,7 @@ class ReadMedia:
         shape = tuple(int(batch[name][0]) for name in ("num_frames", "height", "width"))
         found: list[np.ndarray | None] = []
         kinds, errors = [""] * size(batch), [""] * size(batch)
-        for at, (source, data) in enumerate(zip(sources, self._members(sources), strict=True)):
+        for at, (source, data) in enumerate(zip(sources, read_members(self.storage, sources), strict=True)):
             values, kinds[at], errors[at] = self._values(source, data, (*shape, 3), latents)
             found.append(values)
         sound = next((values for values in found if values is not None), np.zeros((*shape, 3), np.uint8))
@@ -51,35 +50,13 @@ class ReadMedia:
         read = {**batch, "error_type": texts(kinds), "error": texts(errors)}
         return {**read, "latents" if latents and any(values is not None for values in found) else "frames": stacked}
 
-    def _members(self, sources: list[dict[str, Any]]) -> Sequence[bytes | None]:
-        """The bytes of all members, asked for at once; None for each where they cannot be had like that."""
-        try:
-            inside = [source for source in sources if not outside(source["shard"])]
-            places = [(each["shard"], each["offset"], each["offset"] + each["nbytes"]) for each in inside]
-            found = iter(self.storage.read_ranges(places))
-            return [None if outside(source["shard"]) else next(found) for source in sources]
-        except OSError:
-            return [None] * len(sources)
-
     def _values(
-        self, source: dict[str, Any], data: bytes | None, shape: tuple[int, ...], latents: bool
+        self, source: dict[str, Any], data: bytes | MemberError, shape: tuple[int, ...], latents: bool
     ) -> tuple[np.ndarray | None, str, str]:
-        """Frames or latents of one member, read by itself if it has not been; or None, what kind of failure, and its text."""
+        """Frames or latents of one member; or None, what kind of failure, and its text."""
+        if isinstance(data, MemberError):
+            return None, f"stored_media_{data.kind}", f"{data.where}: {data.said}"
         place = f"{source['shard']} {source['member']}"
-        if outside(source["shard"]):
-            return None, "stored_media_broken", f"{place}: lies outside of the dataset"
-        try:
-            if data is None:
-                data = self.storage.read_bytes(source["shard"], source["offset"], source["offset"] + source["nbytes"])
-        except FileNotFoundError:
-            return None, "stored_media_missing", f"{place}: is not there"
-        except OSError:
-            # An object store refuses a range that lies beyond the object; else the storage is to blame.
-            if self.storage.size(source["shard"]) > source["offset"]:
-                raise
-            data = b""
-        if hashlib.sha256(data).hexdigest() != source["sha256"]:
-            return None, "stored_media_changed", f"{place}: its bytes do not have the recorded sha256"
         try:
             values = self._parse(data, source, latents)
         except Exception as error:

@@ -23,6 +23,8 @@ def test_storage_keeps_names_relative_to_its_root(storage):
     assert list(storage.files("media", recursive=False)) == []
     assert list(storage.files("nowhere")) == []
     assert storage.read_bytes("media/run/a.tar", 2, 5) == b"234"
+    assert storage.read_bytes("media/run/a.tar", 8, 12) == b"89"
+    assert storage.read_bytes("media/run/a.tar", 10, 12) == storage.read_bytes("media/run/a.tar", 99, 100) == b""
     assert storage.sizes(["media/run/a.tar", "dataset.json"]) == [10, 2]
     assert abs(storage.modified("dataset.json") - time.time()) < 60
 
