@@ -2,98 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from infra.commit import Committer, write_part
 from infra.errors import UserError
-from infra.media import decode, encode
 from infra.schema import ANNOTATIONS, RUNS, SAMPLES
-from infra.shard import build_tar
 from infra.storage import Storage
 from infra.tables import Table
-from models.pack.grammar import sample_scenes
-from models.pack.world import render
-from models.source import content_sha256, resolve
-from pipelines import signatures
 from pipelines.annotate import withdraw
-from pipelines.ranking import quality, rank_weights
-from pipelines.release import Released, release
-from pipelines.rules import Rules, read_rules
+from pipelines.release import release
 from pipelines.select import _patterns, _words
 from pipelines.verify import verify
+from tests.pipelines.rendered import again, brighter, names, rules, sample_id, scenes, shifted, store
 
-VERDICT = "accepted"
-CLIPS = 12
-
-
-def shifted(frames: np.ndarray) -> np.ndarray:
-    return np.concatenate([frames[:, :, :1], frames[:, :, :-1]], axis=2)
-
-
-def brighter(frames: np.ndarray) -> np.ndarray:
-    return np.clip(frames.astype(int) + 10, 0, 255).astype(np.uint8)
-
-
-def again(frames: np.ndarray) -> np.ndarray:
-    return decode(encode(frames, 8.0, crf=28).data, "mp4")
+NEAR = {"near_duplicates": {"hash": 6}}
 
 
 @pytest.fixture(scope="session")
 def clips() -> np.ndarray:
-    """Clips uint8 [12, 17, 64, 64, 3] of as many scenes."""
-    return render(sample_scenes(np.random.default_rng(1), CLIPS), range(CLIPS))
-
-
-def sample_id(name: str) -> str:
-    return hashlib.md5(name.encode()).hexdigest()
-
-
-def store(storage: Storage, clips: dict[str, np.ndarray], run: str = "a", **columns: Sequence[Any]) -> None:
-    """Rows with their media in one shard, by name; `score` is that of prompt_match."""
-    run_id = f"20260101t000000-{run * 6}"
-    encoded = {name: encode(frames, 8.0) for name, frames in clips.items()}
-    members = [(f"{sample_id(name)}.{one.suffix}", one.data) for name, one in encoded.items()]
-    data, places = build_tar(members)
-    shard = f"media/{run_id}/0.tar"
-    storage.write_bytes(shard, data)
-    scores = columns.pop("score", [0.5] * len(clips))
-    rows = []
-    for at, ((name, one), (member, content)) in enumerate(zip(encoded.items(), members, strict=True)):
-        offset, nbytes = places[member]
-        media = {"role": "video" if one.suffix == "mp4" else "image", "shard": shard, "member": member}
-        media |= {"offset": offset, "nbytes": nbytes, "mime": one.mime, "sha256": hashlib.sha256(content).hexdigest()}
-        frames, height, width, _ = clips[name].shape
-        rows.append(
-            {"sample_id": sample_id(name), "run_id": run_id, "verdict": VERDICT, "split": "train", "prompt": name}
-            | {"media": [media], "tensors": [], "num_frames": frames, "height": height, "width": width, "fps": 8.0}
-            | {"scores": [{"name": "motion", "value": 9.0}, {"name": "prompt_match", "value": scores[at]}], "cost": []}
-            | {column: value[at] for column, value in columns.items()}
-        )
-    committer = Committer(Table(storage, "samples"), run_id)
-    committer.commit([write_part(storage, f"samples/{run_id}-0.parquet", pa.Table.from_pylist(rows, SAMPLES))])
-
-
-def names(storage: Storage, made: Released) -> set[str]:
-    parts = [item["path"] for item in made.files if item["path"].endswith(".parquet")]
-    return {name for path in parts for name in pq.read_table(storage.path(path))["prompt"].to_pylist()}
-
-
-def rules(**said: Any) -> Rules:
-    return Rules.model_validate(said)
-
-
-NEAR = {"near_duplicates": {"hash": 6}}
+    return scenes()
 
 
 @pytest.mark.parametrize("change", [again, shifted, brighter])
@@ -102,7 +38,7 @@ def test_of_copies_that_are_nearly_the_same_one_stays(tmp_path, clips, change):
     originals = {f"clip {at}": clip for at, clip in enumerate(clips)}
     store(storage, originals | {"copy": change(clips[4])})
     made = release(storage, "v1", rules=rules(**NEAR))
-    assert made.rows == CLIPS
+    assert made.rows == len(clips)
     assert names(storage, made) >= originals.keys() - {"clip 4"}
     (cluster,) = made.selection["near_duplicates"]["largest"]
     assert {cluster["kept"], *cluster["removed"]} == {sample_id("clip 4"), sample_id("copy")}
@@ -173,23 +109,6 @@ def test_samples_without_media_are_said_to_have_none(tmp_path, clips, said):
     with pytest.raises(UserError, match=r"where: of the 2 samples that meet .* no media were kept"):
         release(storage, "v1", rules=said and rules(**said))
     assert list(storage.files("releases")) == []
-
-
-def test_what_a_screen_accepted_is_ranked_by_its_answers():
-    sure = [{"name": "motion", "value": 9.0}, {"name": "screen_prompt_match", "value": 0.99}]
-    both = [{"name": "screen_prompt_match", "value": 0.9}, {"name": "prompt_match", "value": 0.51}]
-    assert quality(sure, {"prompt_match": 2.0, "no_artefacts": 1.0}) == pytest.approx(0.99)
-    assert quality(both, {"prompt_match": 2.0}) == quality(both, {}) == pytest.approx(0.51)
-
-
-def test_facts_of_a_prompt_are_ranked_as_they_are_judged(tmp_path):
-    storage = Storage(str(tmp_path))
-    spec = {"judge": {"backend": "transformers", "rubric": "default", "decompose": {"threshold": 0.5}}}
-    row = {"run_id": "r", "event": "started", "spec_json": json.dumps(spec), "created_at": datetime.now(UTC)}
-    part = write_part(storage, "runs/r.parquet", pa.Table.from_pylist([row], RUNS))
-    Committer(Table(storage, "runs"), "r").commit([part])
-    weights = {"prompt_match": 2.0, "no_artefacts": 1.0, "motion_smooth": 1.0, "decomposed": 1.0}
-    assert rank_weights(storage) == weights
 
 
 def test_images_are_compared_too(tmp_path, clips):
@@ -324,100 +243,6 @@ def test_words_of_a_cap_are_found_whole_in_any_language(word, captions):
     assert {caption: bool(_words(caption, _patterns([word]))) for caption in captions} == captions
 
 
-def colour(frames: np.ndarray) -> np.ndarray:
-    """An embedding: the mean colour."""
-    return frames.reshape(len(frames), -1, 3).mean(axis=1) + 1.0
-
-
-@pytest.fixture
-def own_code(monkeypatch: pytest.MonkeyPatch) -> str:
-    import sys
-    import types
-
-    module = types.ModuleType("own_embedding")
-    module.colour = colour
-    module.words = lambda frames: ["no"] * len(frames)
-    module.nothing = lambda frames: np.full((len(frames), 2), np.nan)
-    monkeypatch.setitem(sys.modules, "own_embedding", module)
-    return "own_embedding"
-
-
-def plain(*shades: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {
-        f"clip {at}": np.clip(np.array(shade) + rng.integers(-3, 4, (5, 32, 32, 3)), 0, 255).astype(np.uint8)
-        for at, shade in enumerate(shades)
-    }
-
-
-REDS, BLUES = [(200, 10, 10), (180, 8, 8), (120, 6, 6)], [(10, 10, 200)]
-
-
-def test_embeddings_of_your_own_code(tmp_path, own_code):
-    storage = Storage(str(tmp_path))
-    store(storage, plain(*REDS, *BLUES), score=[0.1, 0.9, 0.2, 0.3])
-    embedding = {"call": f"{own_code}:colour", "version": "1"}
-    near = {"hash": None, "cosine": 0.99}
-    made = release(storage, "v1", rules=rules(near_duplicates=near, embedding=embedding))
-    assert names(storage, made) == {"clip 1", "clip 3"}
-    both = {"hash": 0, "cosine": 0.99, "match": "both"}
-    assert release(storage, "v2", rules=rules(near_duplicates=both, embedding=embedding)).rows == 4
-
-
-def test_topics_are_capped(tmp_path, own_code):
-    storage = Storage(str(tmp_path))
-    store(storage, plain(*REDS, *BLUES), score=[0.1, 0.9, 0.2, 0.3])
-    held = rules(caps=[{"by": "topic", "most": 2}], topics=2, embedding={"call": f"{own_code}:colour", "version": "1"})
-    made = release(storage, "v1", rules=held)
-    assert names(storage, made) == {"clip 1", "clip 2", "clip 3"}
-    assert [topic["samples"] for topic in made.selection["topics"]] == [3, 1]
-    assert made.selection["caps"][0]["values"] == [
-        {"value": "1", "before": 3, "after": 2},
-        {"value": "2", "before": 1, "after": 1},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("call", "said"),
-    [
-        ("own_embedding:words", "embedding: own_embedding:words@1: expected"),
-        ("own_embedding:nothing", "expected 2 vectors of finite numbers"),
-        ("own_embedding:none", "embedding.call: own_embedding:none: cannot be imported"),
-    ],
-)
-def test_embeddings_that_are_none_are_refused(tmp_path, own_code, call, said):
-    storage = Storage(str(tmp_path))
-    store(storage, plain(*REDS[:2]))
-    held = rules(near_duplicates={"cosine": 0.9}, embedding={"call": call, "version": "1"})
-    with pytest.raises(UserError, match=said):
-        release(storage, "v1", rules=held)
-    assert list(storage.files("releases")) == []
-
-
-def test_the_vision_tower_of_a_multimodal_model(tmp_path, clips):
-    storage = Storage(str(tmp_path))
-    store(storage, {f"clip {at}": clip for at, clip in enumerate(clips[:4])} | {"copy": brighter(clips[1])})
-    held = rules(near_duplicates={"hash": None, "cosine": 0.995}, embedding={"model": "pack://shapes", "num_frames": 3})
-    made = release(storage, "v1", rules=held)
-    assert made.selection["embedding"] == f"vision tower {content_sha256(resolve('pack://shapes', 'judge'))}"
-    (cluster,) = made.selection["near_duplicates"]["largest"]
-    assert {cluster["kept"], *cluster["removed"]} == {sample_id("clip 1"), sample_id("copy")}
-
-
-def test_long_embeddings_are_projected_and_keep_their_angles():
-    rng = np.random.default_rng(0)
-    one, noise = rng.standard_normal((2, 3000))
-    pairs = np.stack([one, one + 0.1 * noise, noise]).astype(np.float32)
-    kind = signatures.EmbeddingKind(lambda frames: pairs, "1")
-    found = signatures.embeddings(
-        np.stack([np.frombuffer(value, np.uint8) for value in kind.compute([np.zeros((1, 2, 2, 3), np.uint8)] * 3)])
-    ).astype(np.float32)
-    assert found.shape == (3, 256)
-    exact = pairs / np.linalg.norm(pairs, axis=1, keepdims=True)
-    assert found[0] @ found[1] == pytest.approx(exact[0] @ exact[1], abs=0.005)
-    assert found[0] @ found[2] == pytest.approx(exact[0] @ exact[2], abs=0.25)
-
-
 def test_the_report_shows_clusters_and_caps(tmp_path, clips):
     storage = Storage(str(tmp_path))
     hostile = "<script>alert(1)</script>"
@@ -430,78 +255,6 @@ def test_the_report_shows_clusters_and_caps(tmp_path, clips):
     assert "&lt;script&gt;" in page
     assert "1 removed in 1 clusters" in page
     assert json.loads(storage.read_bytes("releases/v1/manifest.json"))["selection"]["kept"] == 2
-
-
-def test_quality_is_the_weighted_mean_of_what_was_asked():
-    scores = [{"name": "motion", "value": 9.0}, {"name": "good", "value": 0.5}, {"name": "better", "value": 0.8}]
-    assert quality(scores, {"good": 1.0, "better": 2.0, "absent": 5.0}) == pytest.approx(0.7)
-    assert quality(scores, {}) == pytest.approx(0.65)
-    assert quality(None, {"good": 1.0}) < quality([{"name": "good", "value": 0.0}], {"good": 1.0})
-
-
-def test_weights_are_those_of_the_newest_runs_rubric(dataset):
-    from pipelines.select import rank_weights
-
-    weights = rank_weights(dataset(accepted=2, rejected=0))
-    assert weights == {"prompt_match": 2.0, "no_artefacts": 1.0, "motion_smooth": 1.0}
-    with pytest.raises(UserError, match="give the weights of scores as `rank`"):
-        rank_weights(dataset(accepted=2, rejected=0, spec={"judge": {"rubric": "gone.yaml"}}))
-    assert rank_weights(dataset(accepted=2, rejected=0, spec={"judge": {"backend": "none"}})) == {}
-
-
-# ---- the rules
-
-
-def test_options_stand_in_for_keys_of_the_file(tmp_path):
-    path = tmp_path / "rules.yaml"
-    path.write_text("near_duplicates: {hash: 3, cosine: 0.9}\nembedding: {model: x}\ncaps: [{by: tags, most: 1}]\n")
-    found = read_rules(str(path), bits=5, against="v1,v2", caps=["a = 'b'=20%", "model=7"])
-    assert found.near_duplicates.model_dump() == {"hash": 5, "cosine": 0.9, "match": "either"}
-    assert found.against == ("v1", "v2")
-    assert [(cap.by, cap.most, cap.share) for cap in found.caps] == [
-        ("tags", 1, None),
-        ("a = 'b'", None, 0.2),
-        ("model", 7, None),
-    ]
-    assert not read_rules()
-
-
-@pytest.mark.parametrize(
-    ("said", "refusal"),
-    [
-        ("near_duplicates: {hash: 99}", "near_duplicates.hash"),
-        ("near_duplicates: {bits: 9}", "near_duplicates.bits: unknown key"),
-        ("near_duplicates: {cosine: 0.9}", "cosine and topic need an embedding"),
-        ("caps: [{by: topic, most: 3}]", "cosine and topic need an embedding"),
-        ("caps: [{by: tags}]", "expected most or share"),
-        ("caps: [{words: [' '], most: 1}]", "caps.0.words"),
-        ("against: [v1]", "against needs near_duplicates"),
-        ("embedding: {call: 'a:b'}", "call needs a version"),
-        ("rank: {prompt_match: -1}", "rank.prompt_match: expected at least 0"),
-        ("keep: {overall: 2}", "keep.overall: expected less than 1"),
-        ("[1, 2]", "expected near_duplicates or caps, found list"),
-        ("caps: [", "is not YAML"),
-    ],
-)
-def test_rules_that_are_wrong_are_refused(tmp_path, said, refusal):
-    path = tmp_path / "rules.yaml"
-    path.write_text(said)
-    with pytest.raises(UserError, match=refusal):
-        read_rules(str(path))
-
-
-@pytest.mark.parametrize("said", ["5", "tags", "{by: tags}"])
-def test_caps_that_are_no_list_are_refused_with_an_option_too(tmp_path, said):
-    path = tmp_path / "rules.yaml"
-    path.write_text(f"caps: {said}")
-    with pytest.raises(UserError, match="caps: expected a list"):
-        read_rules(str(path), caps=["tags=5"])
-
-
-@pytest.mark.parametrize("cap", ["tags", "=5", "tags=", "tags=-1", "tags=x"])
-def test_a_cap_that_is_none_is_refused(cap):
-    with pytest.raises(UserError, match="--cap: expected BY=NUMBER"):
-        read_rules(caps=[cap])
 
 
 @pytest.mark.parametrize(
