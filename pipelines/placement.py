@@ -24,6 +24,9 @@ APART: tuple[GroupName, ...] = ("encode", "decode")
 """Groups that there are only where stages are split."""
 READERS = 2
 """Actors that read stored samples, by those that judge them."""
+IDLE = 0.1
+"""CPUs of an actor that judges without a model, and so does little more than write. Each sampler leaves as much of its CPU: a
+node whose CPUs all have a sampler has room for it."""
 
 
 def _bounds(value: object) -> object:
@@ -135,7 +138,7 @@ def place(
         judging: ScoreMedia, JudgeQuality, CaptionMedia, WriteShards.
         cluster: what is free for this run.
         compute: what the spec says of actors and their resources.
-        needs_model: whether the judging group computes with a model (and so wants a share of a GPU).
+        needs_model: whether the judging group computes with a model (and so wants a share of a GPU, or a CPU of its own).
     """
     compute = compute or Compute()
     on_gpus = cluster.gpus >= 1 or any(each.gpus for each in compute.resources.values())
@@ -220,17 +223,25 @@ def _on_gpus(
 
 
 def _on_cpus(
-    generating: tuple[Stage, ...], cluster: Cluster, compute: Compute, split: bool, _: bool
+    generating: tuple[Stage, ...], cluster: Cluster, compute: Compute, split: bool, needs_model: bool
 ) -> tuple[Counts, Shares]:
     ranks = _ranks(generating)
     counts: Counts = {name: compute.least(name) or 1 for name in APART} if split else {}
-    counts["judge"] = compute.least("judge") or max(1, int(cluster.cpus) // 8)
-    each = compute.asked("sample").cpus or 1.0
-    counts["sample"] = compute.least("sample") or max(1, int((cluster.cpus - sum(counts.values())) / (ranks * each)))
-    asked = {name: compute.asked(name).cpus for name in counts}
+    each, judge = compute.asked("sample").cpus, compute.asked("judge").cpus
+    room = cluster.cpus - sum(counts.values())
+    judges = counts["judge"] = compute.least("judge") or max(1, int(cluster.cpus) // 8)
+    if needs_model:
+        room -= judges
+    else:
+        judge = _or(judge, IDLE)
+        room -= 0.1 + judges * judge
+        room = round(room, 6) if each else round(room)
+    counts["sample"] = compute.least("sample") or max(1, int(room / (ranks * (each or 1.0))))
+    asked = {name: compute.asked(name).cpus for name in counts} | {"judge": judge}
     units = {name: count * (ranks if name == "sample" else 1) for name, count in counts.items()}
     free = cluster.cpus - 0.1 - sum(units[name] * (asked[name] or 0.0) for name in counts)
-    share = min(1.0, max(0.1, free / max(1, sum(units[name] for name in counts if asked[name] is None))))
+    most = 1.0 if needs_model else 1.0 - IDLE
+    share = min(most, max(0.1, free / max(1, sum(units[name] for name in counts if asked[name] is None))))
     return counts, {name: (_or(asked[name], share), 0.0) for name in counts}
 
 

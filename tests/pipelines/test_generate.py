@@ -27,15 +27,15 @@ def _prompts(number: int, poor: tuple[int, ...] = ()) -> dict[str, Any]:
 
 def test_targets_budgets_and_a_stop_end_a_run_cleanly_and_the_next_one_goes_on(tmp_path: Path, run: Runner) -> None:
     root = tmp_path / "data"
-    prompts = _prompts(72, poor=(0, 4))
+    prompts = _prompts(96, poor=(0, 4))
     layout = {"batch_size": 2}
-    # Launched batches finish: with two actors up to four are under way when an end is asked for.
+    # Launched batches finish: with three actors up to eight are under way when an end is asked for.
     steps: list[tuple[dict[str, Any], str, int, int]] = [
         ({"target": {"samples": 5}}, "exhausted", 5, 5),
-        ({"target": {"accepted": 8}}, "reached", 10, 18),
-        ({"budget": {"bytes": 1}}, "budget", 1, 12),
-        ({"budget": {"accelerator_seconds": 0.1}}, "budget", 1, 12),
-        ({"budget": {"deadline": "0.1s"}}, "budget", 1, 12),
+        ({"target": {"accepted": 8}}, "reached", 10, 22),
+        ({"budget": {"bytes": 1}}, "budget", 1, 16),
+        ({"budget": {"accelerator_seconds": 0.1}}, "budget", 1, 16),
+        ({"budget": {"deadline": "0.1s"}}, "budget", 1, 16),
     ]
     before = 0
     for keys, status, least, most in steps:

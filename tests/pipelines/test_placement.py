@@ -36,9 +36,10 @@ def _gpus(groups: tuple[Group, ...]) -> float:
 
 @pytest.mark.parametrize("cpus", [1, 2, 4, 16, 64])
 @pytest.mark.parametrize("split", [False, True])
-def test_place_fits_a_machine_without_gpus(cpus: int, split: bool) -> None:
-    groups = place(GENERATING, JUDGING, Cluster(cpus, 0), _split(split))
-    assert _cpus(groups) <= cpus  # every actor starts, and the reader finds a place
+@pytest.mark.parametrize("needs_model", [False, True])
+def test_place_fits_a_machine_without_gpus(cpus: int, split: bool, needs_model: bool) -> None:
+    groups = place(GENERATING, JUDGING, Cluster(cpus, 0), _split(split), needs_model)
+    assert _cpus(groups) <= cpus - 0.01  # every actor starts, and the reader finds a place
     assert all(group.actors >= 1 and group.num_gpus == 0 and group.accelerators == 1 for group in groups)
 
 
@@ -54,6 +55,41 @@ def test_place_gives_the_judge_no_gpu_where_it_needs_none() -> None:
     groups = place(GENERATING, JUDGING, Cluster(32, 4), needs_model=False)
     assert [group.num_gpus for group in groups] == [1.0, 0.0]
     assert groups[0].actors == 4
+
+
+@pytest.mark.parametrize(
+    ("cpus", "ranks", "samplers"),
+    [(1, 1, 1), (2, 1, 2), (4, 1, 4), (16, 1, 16), (64, 1, 63), (2, 2, 1), (4, 2, 2), (4, 3, 1), (5, 3, 1)],
+)
+def test_place_gives_the_samplers_all_cpus_where_nothing_judges(cpus: int, ranks: int, samplers: int) -> None:
+    generating = (InGroup(SampleLatents((), SamplerPlan(), 4), ranks=ranks),)
+    sample, judge = place(generating, JUDGING, Cluster(cpus, 0), needs_model=False)
+    assert (sample.actors, judge.num_cpus) == (samplers, pytest.approx(0.1))
+    taken = samplers * ranks * sample.num_cpus + judge.actors * judge.num_cpus
+    assert 0.75 * samplers * ranks * min(1, cpus / ranks) < taken <= cpus - 0.1 + 1e-9
+    assert sample.num_cpus + judge.num_cpus < 1 + 1e-9, "a node of one CPU and a sampler has room for who writes"
+
+
+def test_place_gives_the_judge_of_a_model_a_cpu_as_it_gives_a_sampler() -> None:
+    for cpus, samplers in ((2, 1), (4, 3), (16, 14)):
+        sample, judge = place(GENERATING, JUDGING, Cluster(cpus, 0))
+        assert (sample.actors, sample.num_cpus) == (samplers, judge.num_cpus) and judge.num_cpus > 0.9
+
+
+@pytest.mark.parametrize(
+    ("keys", "sample", "judge"),
+    [
+        ({"resources": {"judge": {"cpus": 1}}}, (1, 0.9), 1),
+        ({"resources": {"sample": {"cpus": 1}}}, (1, 1), 0.1),
+        ({"resources": {"sample": {"cpus": 0.9}}}, (2, 0.9), 0.1),
+        ({"actors": {"sample": 3}}, (3, 0.6), 0.1),
+    ],
+)
+def test_place_keeps_what_is_asked_for_where_nothing_judges(
+    keys: dict[str, Any], sample: tuple[int, float], judge: float
+) -> None:
+    first, last = place(GENERATING, JUDGING, Cluster(2, 0), _shared(**keys), needs_model=False)
+    assert (first.actors, first.num_cpus, last.num_cpus) == (sample[0], *map(pytest.approx, (sample[1], judge)))
 
 
 def test_place_keeps_what_the_spec_fixes() -> None:
