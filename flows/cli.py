@@ -98,7 +98,11 @@ def init(
 
     if path.exists():
         raise UserError(f"{path}: exists already; name another file, or remove it")
-    path.write_text(json.dumps(json_schema(), indent=2) + "\n" if schema else starter_spec(full), encoding="utf-8")
+    text = json.dumps(json_schema(), indent=2) + "\n" if schema else starter_spec(full)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from error
     print(path if schema else f"{path}: edit it, then `ditmill plan {path}` and `ditmill run {path}`")
 
 

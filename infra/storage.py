@@ -78,6 +78,17 @@ def refused(error: Exception) -> str | None:
     return os.strerror(number) if number in REFUSED else None
 
 
+def make_folder(option: str, folder: Path) -> None:
+    """A local folder, made where it is not there; UserError that names `option` where it cannot be, or may not be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        said = "" if os.access(folder, os.W_OK) else os.strerror(errno.EACCES)
+    except OSError as error:
+        said = error.strerror or str(error)
+    if said:
+        raise UserError(f"{option}: {folder} cannot be written ({said}); choose another place")
+
+
 def pauses(attempts: int) -> Iterator[float]:
     """Seconds to wait after each failed attempt but the last: random, so that many clients do not come back at once."""
     for attempt in range(attempts - 1):

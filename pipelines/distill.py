@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import UserError
-from infra.storage import Storage, replacing
+from infra.storage import Storage, make_folder, replacing
 from models.hand_off import check_hand_off
 from models.loading import TeacherRef
 from models.source import content_sha256, resolve
@@ -147,6 +147,7 @@ def prepare(storage: Storage, release: str, settings: Distill, out: Path) -> Job
     )
     read([first], job.wanted)  # what the release lacks is told now
     _refuse_other(job, out)
+    make_folder("--out", out)
     job.write(out)
     return job
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import UserError
-from infra.storage import Storage, replacing
+from infra.storage import Storage, make_folder, replacing
 from infra.tables import read_dataset_json
 from pipelines.exporters import Chunk, Exporter, State, Target, exporter_of
 from pipelines.release import read_release
@@ -278,7 +278,7 @@ def _folder(out: str | None, dataset: str, release: str, to: str, since: str | N
 def _alone(out: Path) -> Iterator[None]:
     """The folder, made where it is not there, for this process alone. Filesystems without locks leave that to the user."""
     new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", out)
     handle = os.open(out, os.O_RDONLY)
     try:
         try:

@@ -48,6 +48,7 @@ from tests.bench.support.calibrated import (
 from tests.bench.support.contact_sheet import contact_sheet
 from tests.bench.support.figures import Figure, resampled, share, table
 from tests.bench.support.judged_clips import QUESTIONS, Bench, JudgedClips, prompts
+from tests.bench.support.output_file import output_file
 
 USUAL = SamplerPlan(guidance_scale=PACK_GUIDANCE)
 PLANS = {
@@ -291,8 +292,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=32, help="of which the best of 8 samples is chosen")
     parser.add_argument("--model", type=Path, help="another judge: a folder")
     parser.add_argument("--keep", type=Path, help="keep clips and answers in this folder, and take what is there")
-    parser.add_argument("--plot", type=Path, help="draw reliability and gains into this PNG")
-    parser.add_argument("--sheet", type=Path, help="write clips where the judge errs most to this PNG")
+    parser.add_argument("--plot", type=output_file, help="draw reliability and gains into this PNG")
+    parser.add_argument("--sheet", type=output_file, help="write clips where the judge errs most to this PNG")
     parser.add_argument("--seed", type=int, default=0, help="other prompts and noise")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args()

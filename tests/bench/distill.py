@@ -40,6 +40,7 @@ from tests.bench.support.distilled import (
     measure_diversity,
 )
 from tests.bench.support.figures import Figure, table
+from tests.bench.support.output_file import output_file
 from tests.bench.support.pack_parts import Asked, held_out
 
 COLUMNS = 4
@@ -146,7 +147,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1000, help="held-out prompts")
     parser.add_argument("--prompts", type=int, default=64, help="prompts whose variety is measured; 0 for none")
     parser.add_argument("--noises", type=int, default=4, help="samples of each of these")
-    parser.add_argument("--sheet", type=Path, help=f"write the first {KEPT} prompts by each to this PNG")
+    parser.add_argument("--sheet", type=output_file, help=f"write the first {KEPT} prompts by each to this PNG")
     parser.add_argument("--steps", type=int, default=20, help="steps of the teacher")
     parser.add_argument("--few", type=int, default=4, help="steps of the student")
     parser.add_argument("--guidance", type=float, default=PACK_GUIDANCE, help="guidance_scale of the teacher")

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -30,6 +29,7 @@ from models.parallel.dualparal import Blocks, DualParal, Video
 from models.parallel.schedule import makespan
 from models.parallel.wan import Stage
 from tests.bench.support.denoisers import CHANNELS, CONFIGS, build_denoiser, build_inputs
+from tests.bench.support.output_file import output_file
 from tests.bench.support.simulator import Costs, Link, dualparal, ulysses
 from tests.bench.support.traffic import Traffic
 from tests.models.parallel.ranks import on_ranks
@@ -321,7 +321,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--far-steps", type=int, default=50, help="of the simulated video")
     parser.add_argument("--device", default="cpu", help="cuda: times of one GPU, in bfloat16, and no real runs")
     parser.add_argument("--link", type=float, default=25.0, help="GB/s between GPUs, where none can be measured")
-    parser.add_argument("--plot", type=Path, help="draw the simulation into this PNG")
+    parser.add_argument("--plot", type=output_file, help="draw the simulation into this PNG")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args()
 

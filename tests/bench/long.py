@@ -36,6 +36,7 @@ from models.source import resolve
 from pipelines.sections import PACK_GUIDANCE
 from tests.bench.support.contact_sheet import contact_sheet
 from tests.bench.support.figures import Figure, resampled, share, table
+from tests.bench.support.output_file import output_file
 from tests.bench.support.pack_parts import Asked, Generated, generate, make
 
 BLOCKS = (2, 1)
@@ -139,7 +140,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=6, help="videos")
     parser.add_argument("--frames", type=int, default=1025, help="frames of each; 4 (2 N + 1) - 3 of them for N blocks")
     parser.add_argument("--folder", type=Path, help="a pack that is not committed: a folder with generator")
-    parser.add_argument("--sheet", type=Path, help="write frames of each video to this PNG")
+    parser.add_argument("--sheet", type=output_file, help="write frames of each video to this PNG")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--guidance", type=float, default=PACK_GUIDANCE, help="guidance_scale")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other prompts and noise")

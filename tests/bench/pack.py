@@ -34,6 +34,7 @@ from models.source import resolve
 from pipelines.sections import PACK_GUIDANCE
 from tests.bench.support.contact_sheet import contact_sheet
 from tests.bench.support.figures import Figure, resampled, share, table
+from tests.bench.support.output_file import output_file
 from tests.bench.support.pack_parts import (
     Generated,
     altered,
@@ -225,7 +226,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, help="a pack that is not committed: a folder with generator, judge, expander"
     )
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet of 64 samples to this PNG")
+    parser.add_argument("--sheet", type=output_file, help="write a contact sheet of 64 samples to this PNG")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--guidance", type=float, default=PACK_GUIDANCE, help="guidance_scale")
     parser.add_argument("--batch-size", type=int, default=16, help="samples denoised together")

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -25,6 +26,7 @@ from models.pack.train.intervals import wilson
 from models.pack.world import PALETTE, render
 from tests.bench.support.contact_sheet import contact_sheet
 from tests.bench.support.flaws import MILD, Flaw, blank_clips, blends, noise_clips
+from tests.bench.support.output_file import output_file
 
 COLUMNS = ("count", "shape", "colour", "size", "motion", "background", "all")
 PART = 200
@@ -70,7 +72,7 @@ def throughput(seed: int, clips: int = 1000) -> dict[str, float]:
     return {"best": max(rates), "worst": min(rates)}
 
 
-def save_sheet(path: str, seed: int) -> None:
+def save_sheet(path: Path, seed: int) -> None:
     """A contact sheet of 64 clips with their prompts."""
     rng = np.random.Generator(np.random.Philox(key=seed))
     scenes = sample_scenes(rng, 64, kinds=("one", "two", "one", "cut"))
@@ -154,7 +156,7 @@ def _arguments() -> argparse.Namespace:
         "--flawed", type=int, default=1000, help="clips read through each flaw, and of each kind of non-clip"
     )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other clips")
-    parser.add_argument("--sheet", help="only write a contact sheet to this PNG")
+    parser.add_argument("--sheet", type=output_file, help="only write a contact sheet to this PNG")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args()
 

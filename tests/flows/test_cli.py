@@ -173,3 +173,25 @@ def test_status_stop_report_and_vacuum_on_a_dataset(v1: Path) -> None:
 def test_models_lists_the_families() -> None:
     rows = json.loads(ditmill("models", "--json").stdout)
     assert {"WanPipeline", "FluxPipeline", "QwenImagePipeline"} <= {row["pipeline"] for row in rows}
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks for a file system that nobody may write to")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["init", "/proc/x.yaml"], "/proc/x.yaml: cannot be written"),
+        (["make", "a cat", "-n", "1", "--model", "pack://tiny", "--out", "/proc/x"], "output.uri: /proc/x cannot be"),
+        (
+            ["export", "DATASET", "--release", "r1", "--to", "webdataset", "--out", "/proc/x"],
+            "--out: /proc/x cannot be",
+        ),
+        (["bench", "world", "--sheet", "/proc/x.png"], "--sheet: /proc/x.png cannot be written"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_place_that_cannot_be_written_is_told_in_a_line(v1: Path, arguments: list[str], said: str) -> None:
+    if "DATASET" in arguments:
+        assert ditmill("release", str(v1), "r1").returncode == 0
+    done = ditmill(*(str(v1) if each == "DATASET" else each for each in arguments))
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert said in done.stderr.splitlines()[-1]

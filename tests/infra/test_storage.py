@@ -12,7 +12,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from infra.errors import UserError
-from infra.storage import Storage, reaching
+from infra.storage import Storage, make_folder, reaching
 
 
 def test_storage_keeps_names_relative_to_its_root(storage):
@@ -119,3 +119,11 @@ def test_what_a_store_refuses_is_told_with_its_code(message, told):
     answer = ClientError({"Error": {"Code": "SignatureDoesNotMatch", "Message": message or ""}}, "ListObjectsV2")
     with pytest.raises(UserError, match=rf"\(PermissionError: {told}\); check"), reaching("s3://bucket/x"):
         raise PermissionError(message) from answer
+
+
+def test_a_folder_that_cannot_be_made_is_told_with_its_option(tmp_path):
+    make_folder("--out", tmp_path / "a" / "b")
+    make_folder("--out", tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^--out: .*/file/c cannot be written \(Not a directory\); choose another"):
+        make_folder("--out", tmp_path / "file" / "c")
