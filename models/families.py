@@ -16,6 +16,8 @@ from models.pack import pack_names
 if TYPE_CHECKING:
     import torch
 
+DENOISERS = ("transformer", "transformer_2")
+"""Names of a pipeline's denoiser, or of its two experts."""
 GUIDANCE = {
     "cfg": "u + w * (c - u)",
     "rescaled_cfg": "g = u + w * (c - u), then g * |c| / |g| at each token",
@@ -60,6 +62,8 @@ class Family:
     """More arguments of `__call__`."""
     layouts: tuple[str, ...] = ()
     """Ways in which its denoiser can be laid out over ranks: names of `Degrees`."""
+    accelerators: tuple[str, ...] = ()
+    """Techniques of `models.accelerate.registry` that its denoiser and its pipeline can be given."""
 
     @property
     def layout(self) -> str:
@@ -158,6 +162,11 @@ def latent_channels(family: Family, pipe: Any) -> int:
 _PAIR = ("prompt_embeds", "negative_prompt_embeds")
 _POOLED = (*_PAIR, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 _MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+_ACCELERATORS = (
+    *("first_block", "gated_taylor", "magcache", "taylorseer", "schedule"),
+    *("guidance_rescale", "guidance_reuse", "guidance_interval"),
+)
+"""Those for a denoiser that has one list of blocks, and a pipeline that asks it for one branch after the other."""
 _SANA = (("use_resolution_binning", False), ("negative_prompt", None))
 
 FAMILIES: tuple[Family, ...] = (
@@ -172,6 +181,7 @@ FAMILIES: tuple[Family, ...] = (
         zero_pads=True,
         float32_vae=True,
         layouts=("cfg", "ulysses", "ring", "tensor", "dualparal", "vae"),
+        accelerators=_ACCELERATORS,
     ),
     Family(
         "Wan image-to-video",
@@ -185,6 +195,7 @@ FAMILIES: tuple[Family, ...] = (
         float32_vae=True,
         batches=False,
         inputs=("first_frame",),
+        accelerators=_ACCELERATORS,
     ),
     Family(
         "LTX-Video",
@@ -297,7 +308,7 @@ def table() -> list[dict[str, Any]]:
             "inputs": list(family.inputs),
             "trajectories": "yes",
             "parallel": list(family.layouts),
-            "accelerators": [],
+            "accelerators": list(family.accelerators),
             "packs": packs if family.pipeline == "WanPipeline" else [],
         }
         for family in FAMILIES

@@ -5,7 +5,6 @@ Each loads only what it computes with, so that encoding, sampling and decoding c
 
 from __future__ import annotations
 
-import hashlib
 import json
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from infra.errors import UserError
+from models.accelerate.applied import accelerated
+from models.accelerate.course import Savings
+from models.accelerate.registry import check as check_techniques
+from models.arguments import argument_of, step_noise
 from models.conditions import encode_texts, text_length
 from models.decoding import SCALING, decode, scaling_of
 from models.evaluations import Evaluations
@@ -28,8 +31,6 @@ from models.scenes import encode_scenes, texts_of
 from models.schedulers import build_scheduler, is_flow
 
 if TYPE_CHECKING:
-    import torch
-
     from models.parallel.dualparal import Blocks
 
 __all__ = ["Generator", "GeneratorRef", "load_generator"]
@@ -69,6 +70,13 @@ class Generator:
 
     def check_plan(self, plan: SamplerPlan, with_path: bool = False) -> None:
         """Raise a UserError that names the key where this checkpoint cannot follow the plan, or give states of its path."""
+        check_techniques(
+            plan,
+            self.family,
+            self.ref.parallel,
+            teacher=self.ref.teacher is not None,
+            compiled=self.ref.compile,
+        )
         scheduler = self._scheduler(plan)
         if with_path:
             check_scheduler(scheduler)
@@ -125,10 +133,12 @@ class Generator:
         num_frames: int,
         fps: float,
         path: Path | None = None,
+        savings: Savings | None = None,
     ) -> tuple[np.ndarray, int]:
         """Latents [n, *latent_shape] float32 from noise of that shape, and denoiser evaluations for each sample.
 
-        Latents are the denoiser's own, scaled as `describe` says. `path` collects states on the way, and changes no bit.
+        Latents are the denoiser's own, scaled as `describe` says. `path` collects states on the way, and changes no bit;
+        `savings` what techniques of the plan saved, where it has any.
         """
         shape = (height, width, num_frames)
         self.check(plan, *shape)
@@ -141,6 +151,7 @@ class Generator:
                 shape,
                 fps,
                 path,
+                savings,
             )
             for start in range(0, len(noise), step)
         ]
@@ -269,6 +280,7 @@ class Generator:
         shape: Shape,
         fps: float,
         path: Path | None,
+        savings: Savings | None,
     ) -> tuple[np.ndarray, int]:
         import torch
 
@@ -282,7 +294,7 @@ class Generator:
             "height": shape[0],
             "width": shape[1],
             "output_type": "latent",
-            "generator": [_step_noise(row) for row in noise],
+            "generator": [step_noise(row) for row in noise],
             **family.guidance_arguments(plan.guidance_scale),
             **dict(family.call),
         }
@@ -290,7 +302,7 @@ class Generator:
             arguments["num_frames"] = shape[2]
         if family.packing == "video_tokens":
             arguments["frame_rate"] = fps
-        arguments |= {name: _argument(value, dtype, device) for name, value in conditions.items()}
+        arguments |= {name: argument_of(value, dtype, device) for name, value in conditions.items()}
         pipe.scheduler = self._scheduler(plan)
         latents = torch.from_numpy(np.ascontiguousarray(noise)).to(device, family.noise_dtype(dtype))
         latents = family.pack(pipe, latents)
@@ -299,8 +311,19 @@ class Generator:
             arguments["callback_on_step_end"] = path.callback(latents, unpack)
         sampling = nullcontext() if self._layout is None else self._layout.sampling(pipe, arguments)
         handing = handing_off(pipe, self._teacher, self.ref.teacher, arguments)
-        with torch.inference_mode(), Evaluations(pipe, self._teacher) as evaluations, sampling, handing:
-            output = pipe(latents=latents, **arguments)
+        techniques = accelerated(
+            pipe,
+            plan,
+            arguments,
+            len(noise),
+            layout=self._layout,
+            limit=self.ref.max_cache_bytes,
+            savings=savings,
+            has_teacher=self.ref.teacher is not None,
+        )
+        counting = Evaluations(pipe, self._teacher)
+        with torch.inference_mode(), counting as evaluations, sampling, techniques as changed, handing:
+            output = pipe(latents=latents, **arguments | changed)
             latents = family.unpack(pipe, output[0], noise.shape[1:])
         self._remember(plan, shape)
         return latents.float().cpu().numpy(), evaluations.rows // len(noise)
@@ -319,10 +342,10 @@ class Generator:
         device, steps = pipe._execution_device, plan.num_inference_steps
         blocks = Blocks.covering(noise.shape[2], *plan.blocks)
         first = torch.from_numpy(np.ascontiguousarray(noise[:, :, : blocks.size(0)])).to(device)
-        embeds = {name: _argument(value, pipe.transformer.dtype, device) for name, value in conditions.items()}
+        embeds = {name: argument_of(value, pipe.transformer.dtype, device) for name, value in conditions.items()}
         # One after the other through the queue, not beside each other: it fills and drains once for all of them.
         videos = [
-            Video(first[at : at + 1], partial(texts_of, embeds, plan, blocks.count, at), [_step_noise(row)])
+            Video(first[at : at + 1], partial(texts_of, embeds, plan, blocks.count, at), [step_noise(row)])
             for at, row in enumerate(noise)
         ]
 
@@ -372,26 +395,6 @@ def block_error(temporal: int, num_frames: int, frames: int, context: int) -> st
     return f"num_frames: {num_frames} frames are no whole number of sampler.dualparal's blocks; {fits} are"
 
 
-def _argument(value: np.ndarray, dtype: torch.dtype, device: torch.device) -> Any:
-    """A condition as the pipeline takes it: embeddings in the denoiser's precision, masks as they are, images as PIL."""
-    import torch
-
-    if value.dtype == np.uint8:
-        from PIL import Image
-
-        return Image.fromarray(value[0])
-    tensor = torch.from_numpy(np.ascontiguousarray(value)).to(device)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
 def _plain(value: Any) -> Any:
     """A configuration's value as JSON has it: infinities become text."""
     return str(value) if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _step_noise(noise: np.ndarray) -> torch.Generator:
-    """For schedulers that add noise at each step: a generator of the sample's own, seeded by its first noise."""
-    import torch
-
-    digest = hashlib.blake2b(np.ascontiguousarray(noise).tobytes(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

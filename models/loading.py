@@ -61,6 +61,8 @@ class GeneratorRef:
     """More than one rank: each is a process of one torch.distributed group, and all make the same calls."""
     attention: Attention = "native"
     teacher: TeacherRef | None = None
+    max_cache_bytes: int | None = None
+    """Most that techniques of a plan may keep at a time, on each rank; None for no bound."""
 
 
 def read_index(path: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,10 @@ class SamplerPlan:
     """Latent frames of a block and of its context, where DualParal samples the video."""
     scenes: tuple[str, float] | None = None
     """What stands between the scenes of a prompt, and over how many blocks one gives way to the next."""
+    sigmas: tuple[float, ...] | None = None
+    """Noise level of each step of a flow, descending, as the denoiser meets it: no shift is applied any more."""
+    solver_order: int | None = None
+    """Of a multistep solver; None for the checkpoint's own."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SamplerPlan:
@@ -37,11 +41,16 @@ class SamplerPlan:
         """Canonical JSON: sorted keys, no spaces, the same text for the same plan."""
         values = asdict(self)
         values["guidance_scale"] = float(self.guidance_scale)
-        for name in ("blocks", "scenes"):
+        for name in ("blocks", "scenes", "sigmas", "solver_order"):
             if values[name] is None:
                 del values[name]  # plans without it keep the identity they had before there was one
         values["shift"] = None if self.shift is None else float(self.shift)
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+    def shortened(self, steps: int) -> SamplerPlan:
+        """At most the first so many steps, to try what a plan costs. Of `sigmas` it takes the first ones, then 0."""
+        steps = min(steps, self.num_inference_steps)
+        return replace(self, num_inference_steps=steps, sigmas=None if self.sigmas is None else self.sigmas[:steps])
 
     @cached_property
     def plan_id(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
+
 from infra.errors import UserError
 from models.plan import SamplerPlan
 
@@ -49,6 +51,16 @@ def build_scheduler(base: Any, plan: SamplerPlan, sets_sigmas: bool = False) -> 
         raise UserError(
             f"sampler.scheduler: {kind.__name__} cannot follow the sigmas that this pipeline sets; choose default"
         )
+    if plan.solver_order is not None:
+        if "solver_order" not in inspect.signature(kind.__init__).parameters:
+            raise UserError(
+                f"sampler.solver_order: {kind.__name__} has none; choose scheduler unipc or dpmpp, or remove it"
+            )
+        config["solver_order"] = plan.solver_order
+    if plan.sigmas is not None:
+        if not is_flow(base):
+            raise UserError(f"sampler.sigmas: {type(base).__name__} is not a flow's scheduler; remove them")
+        config |= _AS_THEY_ARE
     if plan.shift is not None:
         if not is_flow(base):
             raise UserError(
@@ -56,10 +68,56 @@ def build_scheduler(base: Any, plan: SamplerPlan, sets_sigmas: bool = False) -> 
             )
         config |= {"flow_shift": plan.shift, "shift": plan.shift, "use_dynamic_shifting": False}
     scheduler = kind.from_config(config)
+    if plan.sigmas is not None:
+        scheduler.set_timesteps = _Given(scheduler, plan.sigmas)
     if plan.scheduler == "euler_trailing":
         # Its own sigmas of N steps end at the smallest of training, shifted twice; these are 1, (N-1)/N, ... 1/N, 0, shifted.
         scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / plan.num_inference_steps
     return scheduler
+
+
+_AS_THEY_ARE = {
+    **dict.fromkeys(("flow_shift", "shift"), 1.0),
+    **dict.fromkeys(("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False),
+    "use_flow_sigmas": True,
+    "shift_terminal": None,
+    "final_sigmas_type": "zero",
+    "invert_sigmas": False,
+}
+"""Of a flow's scheduler: sigmas that it is given are those that the denoiser meets."""
+
+_FIRST = 1 - 1e-6
+"""Largest sigma of a multistep solver, which takes the logarithm of 1 - sigma. diffusers' UniPC holds it there too."""
+
+
+class _Given:
+    """`set_timesteps` of a scheduler whose sigmas are given, whatever number of steps or sigmas the pipeline brings.
+
+    diffusers' DPM++ takes no sigmas, and its own are then replaced as it would have set them.
+    """
+
+    def __init__(self, scheduler: Any, sigmas: tuple[float, ...]) -> None:
+        self.scheduler, self.sigmas, self.own = scheduler, sigmas, scheduler.set_timesteps
+        self.takes = "sigmas" in inspect.signature(self.own).parameters
+
+    def __call__(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        if self.takes:
+            self.own(sigmas=np.asarray(self.sigmas), device=device)
+            return
+        import torch
+
+        self.own(len(self.sigmas), device=device)
+        given = torch.tensor([*self.sigmas, 0.0], dtype=torch.float32).clamp(max=_FIRST)
+        trained = self.scheduler.config.num_train_timesteps
+        self.scheduler.sigmas = given
+        self.scheduler.timesteps = (given[:-1].double() * trained).to(device=device, dtype=torch.int64)
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -57,7 +57,7 @@ def calibrate(run: Resolved) -> Calibration | None:
     if not rows:
         return None
     batch = planned_batch(_planned(run, rows), run.spec.seed, {})
-    short = replace(run.plan, num_inference_steps=min(STEPS, run.plan.num_inference_steps))
+    short = run.plan.shortened(STEPS)
     if any(ref.teacher is not None for ref in run.generators):  # its steps cost more than its student's few
         short = run.plan
     seconds: dict[str, float] = {}

@@ -59,6 +59,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
             tails[key] = _described(field)
         elif item["type"] == "value_error":
             key = key if loc else OWN_KEY.removesuffix(": ")
+            inner = getattr(item.get("ctx", {}).get("error"), "key", "")
+            key += f".{inner}" if inner else ""
             lines.setdefault(key, []).append(item["msg"].removeprefix("Value error, "))
             tails[key] = "" if "found" in item["msg"] or isinstance(item.get("input"), dict) else f", found {found}"
         else:

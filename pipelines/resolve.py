@@ -14,6 +14,8 @@ from uuid import uuid4
 
 from infra.errors import UserError
 from infra.storage import Storage
+from models.accelerate.registry import canonical
+from models.accelerate.registry import check as check_techniques
 from models.endpoint_client import EndpointRef
 from models.facts import Score
 from models.families import family_of
@@ -254,6 +256,13 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         pipeline = read_index(folder)["_class_name"]
         check_layout(folder, family_of(pipeline), degrees, guided=plan.guidance_scale > 1, blocks=plan.blocks)
         check_attention(family_of(pipeline), spec.layout.attention)
+        check_techniques(
+            plan,
+            family_of(pipeline) if generator.remote_code is None else None,
+            degrees,
+            teacher=generator.teacher_steps > 0,
+            compiled=spec.layout.compile,
+        )
         keeps = spec.output.tensors or spec.trajectory
         if family_of(pipeline) is None and (keeps or spec.output.keep_rejected == "latents"):
             key = "output.keep_rejected" if not keeps else "trajectory" if spec.trajectory else "output.tensors"
@@ -274,6 +283,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
             revision=generator.revision,
             parallel=degrees,
             attention=spec.layout.attention,
+            max_cache_bytes=spec.layout.max_cache_bytes if plan.accelerate else None,
         )
         if (teacher := teacher_of(at, generator, ref, plan, spec.policy)) is not None:
             ref = replace(ref, teacher=teacher)
@@ -344,9 +354,11 @@ def sampler_plan(spec: Spec) -> SamplerPlan:
         shift=sampler.shift,
         max_sequence_length=sampler.max_sequence_length,
         dtype=sampler.dtype,
-        accelerate=tuple(json.dumps(item, sort_keys=True) for item in sampler.accelerate),
+        accelerate=canonical(sampler.accelerate),
         blocks=None if blocks is None else (blocks.frames, blocks.context),
         scenes=None if blocks is None or blocks.scenes is None else (blocks.scenes, blocks.fade),
+        sigmas=sampler.sigmas,
+        solver_order=sampler.solver_order,
     )
 
 

@@ -162,63 +162,6 @@ class Bucket(Section):
         return self
 
 
-class DualParal(Section):
-    """Long video as a queue of blocks of latent frames, each denoised beside its neighbours (arXiv 2505.21070)."""
-
-    frames: int = Field(8, ge=1, description="Latent frames of a block.")
-    context: int = Field(4, ge=0, description="Latent frames of the blocks before and after that a block sees.")
-    scenes: str | None = Field(
-        None,
-        min_length=1,
-        description="What stands between the scenes of a prompt, which share the blocks evenly; without it, or where a"
-        " prompt does not hold it, all blocks see the whole prompt.",
-    )
-    fade: float = Field(2.0, ge=0, description="Blocks over which a scene gives way to the next.")
-
-    @model_validator(mode="after")
-    def _context_fits(self) -> DualParal:
-        if self.context > self.frames:
-            raise ValueError(f"context is at most frames, found {self.context} and {self.frames}")
-        return self
-
-
-class Sampler(Section):
-    """The sampler plan: what is meant to change the result."""
-
-    plan: str | None = Field(
-        None, description="`auto`, or a plan file made by `ditmill tune`; its keys replace those below."
-    )
-    scheduler: Literal["default", "unipc", "euler", "euler_trailing", "flow_match_euler", "dpmpp", "ddim"] = Field(
-        "default",
-        description="default is the checkpoint's own; euler_trailing: a flow's sigmas from 1 to 0 in even steps, shifted,"
-        " as CausVid, Self-Forcing and HunyuanVideo take them.",
-    )
-    num_inference_steps: int = Field(20, ge=1, description="Denoising steps.")
-    guidance_scale: float = Field(5.0, ge=0, description="Classifier-free guidance; 1 turns it off.")
-    shift: float | None = Field(None, description="Flow shift; left out, the checkpoint's own.")
-    max_sequence_length: int = Field(
-        512, ge=1, description="Tokens that a prompt is padded or cut to, where the family does."
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of the denoiser; auto is bfloat16 on an accelerator and float32 on a CPU."
-    )
-    dualparal: DualParal | None = Field(
-        None, description="Sample in blocks, for video longer than a denoiser takes at once; Wan text-to-video."
-    )
-    accelerate: tuple[dict[str, Any], ...] = Field(
-        (), description="Techniques that skip work, in order. None is built in yet."
-    )
-    early_reject: dict[str, Any] | None = Field(
-        None, description="Stop samples that will be rejected. Not built in yet."
-    )
-
-    @model_validator(mode="after")
-    def _not_yet(self) -> Sampler:
-        if self.plan or self.accelerate or self.early_reject:
-            raise ValueError("plan, accelerate and early_reject are not available in this version; remove them")
-        return self
-
-
 class Parallel(Section):
     """Degrees of the parallel layout; together they make the sampler group's size."""
 
@@ -246,6 +189,12 @@ class Layout(Section):
         "native", description="Kernel of self-attention: torch's own, or one of xfuser's, on a GPU; Wan text-to-video."
     )
     vae_tiling: bool = Field(False, description="Decode in tiles.")
+    max_cache_bytes: int = Field(
+        8 * 1024**3,
+        ge=0,
+        description="Most that techniques of sampler.accelerate may keep at a time, on each device; a batch that wants more"
+        " ends the run.",
+    )
 
     @model_validator(mode="after")
     def _tiles_are_shared(self) -> Layout:

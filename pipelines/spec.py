@@ -18,6 +18,7 @@ from pipelines.kept import check_recipe, with_defaults
 from pipelines.overrides import override
 from pipelines.placement import Compute
 from pipelines.policy import Policy, named_urls, refusal
+from pipelines.sampling import Sampler
 from pipelines.schedule import Notify, Schedule
 from pipelines.sections import (
     DEFAULT_PACK,
@@ -30,7 +31,6 @@ from pipelines.sections import (
     Output,
     Parallel,
     Prompts,
-    Sampler,
     Score,
     Section,
     Storage,

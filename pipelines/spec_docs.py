@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from models.accelerate.registry import KEY, TECHNIQUES
+from models.accelerate.settings import described
 from pipelines.spec import Spec
 
 FILE = Path(__file__).resolve().parent.parent / "docs" / "spec.md"
@@ -30,7 +32,20 @@ This page is made from [pipelines/spec.py](../pipelines/spec.py) by `python -m p
 
 def render() -> str:
     """docs/spec.md as it should be: a table for each section, in the order of the keys."""
-    return HEAD + "".join(_section(key, model) for key, model in _sections("", Spec))
+    return HEAD + "".join(_section(key, model) for key, model in _sections("", Spec)) + _techniques()
+
+
+def _techniques() -> str:
+    """A table for each technique that a plan may name."""
+    text = ""
+    for name, technique in TECHNIQUES.items():
+        rows = [
+            f"| `{key}` | {kind} | `{json.dumps(list(default) if isinstance(default, tuple) else default)}` | {says} |"
+            for key, kind, default, says in described(technique.config)
+        ]
+        head = [f"\n## `{KEY}[]`: `{name}`\n", f"{technique.config.__doc__}\n", "| key | value | default | |"]
+        text += "\n".join([*head, "|---|---|---|---|", *rows]) + "\n"
+    return text
 
 
 def _sections(key: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:

@@ -15,6 +15,7 @@ and that stages add:
 
     cond.<name>   EncodeText: prompt_embeds and what else the family wants, float32 or bfloat16 bits as float32
     latents       SampleLatents: [n, channels, frames, height, width] (images: no frames axis), float32;   nfe: int64
+    accelerated   SampleLatents, of a plan with techniques: JSON object, what they saved
     frames        DecodeLatents: [n, num_frames, height, width, 3], uint8
     scores        ScoreMedia, JudgeQuality: JSON list of {name, value}
     verdict       'accepted' or 'rejected';   reasons: JSON list of str

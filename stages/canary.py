@@ -48,8 +48,7 @@ def _shortened(stage: Any) -> Stage:
         return replace(stage, stage=_shortened(stage.stage))
     if stage.name != "sample":
         return stage  # type: ignore[no-any-return]
-    steps = min(STEPS, stage.plan.num_inference_steps)
-    return replace(stage, plan=replace(stage.plan, num_inference_steps=steps))  # type: ignore[no-any-return]
+    return replace(stage, plan=stage.plan.shortened(STEPS))  # type: ignore[no-any-return]
 
 
 class Canaries:

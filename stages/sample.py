@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from models.accelerate.course import Savings
 from models.generator import Generator, GeneratorRef, load_generator
 from models.noise import noise_sha256, standard_normal
 from models.path import Path
@@ -27,7 +28,8 @@ class SampleLatents:
     adds `frames` instead of `latents`. Fails samples as `nan_latents`.
 
     With `hash_noise` also `noise_sha256`, of the noise's float32 bytes in C order; with `keep`, places of states (see
-    `models.path`), also `trajectory` [n, states, *latent_shape] float32.
+    `models.path`), also `trajectory` [n, states, *latent_shape] float32. Where the plan has techniques also `accelerated`,
+    JSON of what they saved of each sample (see `models.accelerate.course`).
     """
 
     generators: tuple[GeneratorRef, ...]
@@ -85,8 +87,11 @@ class SampleLatents:
             name.removeprefix(PREFIX): value[rows] for name, value in batch.items() if name.startswith(PREFIX)
         }
         path = Path(self.keep, self.plan.num_inference_steps) if self.keep else None
-        latents, nfe = generator.sample(conditions, noise[rows], self.plan, *shape, fps, path)
+        savings = Savings()
+        latents, nfe = generator.sample(conditions, noise[rows], self.plan, *shape, fps, path, savings)
         made: Batch = {"latents": latents[:count]}
+        if savings.facts:
+            made["accelerated"] = texts([json.dumps(facts, sort_keys=True) for facts in savings.facts[:count]])
         if path is not None:
             made["trajectory"] = path.states[:count]
         if self.hash_noise:

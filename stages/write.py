@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 VALIDATION_SHARE = 0.02
 TOLD = ("noise_sha256", "text_id", "negative_text_id", "trajectory")
 """What recipes for distillation tell of a sample in `extra_json`, in the place of a user's columns of these names."""
+ACCELERATED = "accelerated"
+"""What techniques of the plan saved of a sample: the column, and the name in `extra_json`."""
 
 Row = dict[str, Any]
 
@@ -313,8 +315,10 @@ class _Written:
         }
 
     def _distilling(self, at: int, facts: GeneratorFacts) -> tuple[tuple[str, str], ...]:
-        """What recipes for distillation tell of a sample, as names and JSON."""
+        """What recipes for distillation, and techniques of the plan, tell of a sample, as names and JSON."""
         said = {name: json.dumps(value) for name in TOLD[:-1] if (value := self._text(at, name))}
+        if saved := self._text(at, ACCELERATED):
+            said[ACCELERATED] = saved
         if self.stage.trajectory is not None:
             plan = json.loads(self._text(at, "plan_json") or "{}")
             said["trajectory"] = json.dumps(self.stage.trajectory.facts(plan, facts.num_inference_steps))
@@ -344,7 +348,7 @@ def _extra(text: str, licence: str, decomposed: str, more: tuple[tuple[str, str]
     extra = {**json.loads(text or "{}"), **({"licence": licence} if licence else {})}
     if decomposed:
         extra["decomposed"] = json.loads(decomposed)
-    if more:
+    if any(name in TOLD for name, _ in more):
         extra = {name: value for name, value in extra.items() if name not in TOLD}
     extra |= {name: json.loads(value) for name, value in more}
     return json.dumps(extra, ensure_ascii=False, sort_keys=True)

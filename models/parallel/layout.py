@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.families import DENOISERS
 from models.parallel.attention import Split
 from models.parallel.degrees import Attention, Degrees, build_mesh
 from models.parallel.guidance import GuidanceParallel
@@ -18,9 +19,6 @@ from models.parallel.wan import split_sequence
 if TYPE_CHECKING:
     import torch
 
-_DENOISERS = ("transformer", "transformer_2")
-"""Names of Wan's denoiser, or of its two experts."""
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -28,6 +26,8 @@ class Layout:
 
     branches: Any = None
     """The ranks that evaluate the two branches of guidance."""
+    tensor: Any = None
+    """The ranks that share each matrix."""
     stages: Any = None
     """The ranks of DualParal's pipeline."""
     split: Split = field(default_factory=Split)
@@ -79,6 +79,7 @@ def lay_out(
             split_sequence(denoiser, split)
     return Layout(
         branches=mesh["cfg"].get_group() if degrees.cfg > 1 else None,
+        tensor=mesh["tensor"].get_group() if degrees.tensor > 1 else None,
         stages=mesh["dualparal"].get_group() if degrees.dualparal > 1 else None,
         split=split,
     )
@@ -92,4 +93,4 @@ def load_parts(pipe: Any, folders: Mapping[str, Path], degrees: Degrees, device:
 
 
 def denoisers_of(pipe: Any) -> list[Any]:
-    return [denoiser for name in _DENOISERS if (denoiser := getattr(pipe, name, None)) is not None]
+    return [denoiser for name in DENOISERS if (denoiser := getattr(pipe, name, None)) is not None]

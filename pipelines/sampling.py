@@ -1,0 +1,103 @@
+"""The spec's sampler plan: its sections, and what of it does not go together."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from models.accelerate.registry import conflict, filled
+from models.accelerate.settings import SettingError
+from pipelines.sections import Section
+
+
+def _filled(value: Any) -> Any:
+    return filled(value) if isinstance(value, dict) else value
+
+
+class DualParal(Section):
+    """Long video as a queue of blocks of latent frames, each denoised beside its neighbours (arXiv 2505.21070)."""
+
+    frames: int = Field(8, ge=1, description="Latent frames of a block.")
+    context: int = Field(4, ge=0, description="Latent frames of the blocks before and after that a block sees.")
+    scenes: str | None = Field(
+        None,
+        min_length=1,
+        description="What stands between the scenes of a prompt, which share the blocks evenly; without it, or where a"
+        " prompt does not hold it, all blocks see the whole prompt.",
+    )
+    fade: float = Field(2.0, ge=0, description="Blocks over which a scene gives way to the next.")
+
+    @model_validator(mode="after")
+    def _context_fits(self) -> DualParal:
+        if self.context > self.frames:
+            raise ValueError(f"context is at most frames, found {self.context} and {self.frames}")
+        return self
+
+
+class Sampler(Section):
+    """The sampler plan: what is meant to change the result."""
+
+    plan: str | None = Field(
+        None, description="`auto`, or a plan file made by `ditmill tune`; its keys replace those below."
+    )
+    scheduler: Literal["default", "unipc", "euler", "euler_trailing", "flow_match_euler", "dpmpp", "ddim"] = Field(
+        "default",
+        description="default is the checkpoint's own; euler_trailing: a flow's sigmas from 1 to 0 in even steps, shifted,"
+        " as CausVid, Self-Forcing and HunyuanVideo take them.",
+    )
+    num_inference_steps: int = Field(20, ge=1, description="Denoising steps.")
+    guidance_scale: float = Field(5.0, ge=0, description="Classifier-free guidance; 1 turns it off.")
+    shift: float | None = Field(None, description="Flow shift; left out, the checkpoint's own.")
+    max_sequence_length: int = Field(
+        512, ge=1, description="Tokens that a prompt is padded or cut to, where the family does."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of the denoiser; auto is bfloat16 on an accelerator and float32 on a CPU."
+    )
+    dualparal: DualParal | None = Field(
+        None, description="Sample in blocks, for video longer than a denoiser takes at once; Wan text-to-video."
+    )
+    sigmas: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = Field(
+        None,
+        description="A flow's noise level at each step, descending, as the denoiser meets it: no shift is applied to them"
+        " (arXiv 2309.10438 searches them); left out, the scheduler's own.",
+    )
+    solver_order: int | None = Field(
+        None, ge=1, le=3, description="Order of unipc and dpmpp; left out, the checkpoint's own or 2."
+    )
+    accelerate: tuple[Annotated[dict[str, Any], BeforeValidator(_filled)], ...] = Field(
+        (), description="Techniques that skip work, each {technique: NAME} with its own keys, which are below."
+    )
+    early_reject: dict[str, Any] | None = Field(
+        None, description="Stop samples that will be rejected. Not built in yet."
+    )
+
+    @model_validator(mode="after")
+    def _not_yet(self) -> Sampler:
+        if self.plan or self.early_reject:
+            raise ValueError("plan and early_reject are not available in this version; remove them")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Sampler:
+        if self.sigmas is None:
+            return self
+        if len(self.sigmas) != self.num_inference_steps:
+            raise SettingError(
+                "sigmas",
+                f"expected one for each of num_inference_steps: {self.num_inference_steps}, found {len(self.sigmas)}",
+            )
+        if any(after >= before for before, after in pairwise(self.sigmas)):
+            raise SettingError("sigmas", f"expected each to be less than the one before, found {list(self.sigmas)}")
+        if self.shift is not None or self.scheduler == "euler_trailing":
+            other = "shift" if self.shift is not None else "scheduler: euler_trailing"
+            raise SettingError("sigmas", f"they are taken as they are, found {other} too; remove one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _techniques_compose(self) -> Sampler:
+        if said := conflict(self.accelerate):
+            raise SettingError("accelerate", said)
+        return self
