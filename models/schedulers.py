@@ -34,7 +34,7 @@ def build_scheduler(base: Any, plan: SamplerPlan, sets_sigmas: bool = False) -> 
     """
     import diffusers
 
-    config = dict(base.config)
+    config, changed = dict(base.config), {}
     if plan.scheduler == "default":
         kind = type(base)
     else:
@@ -46,7 +46,7 @@ def build_scheduler(base: Any, plan: SamplerPlan, sets_sigmas: bool = False) -> 
             )
         kind = getattr(diffusers, table[plan.scheduler])
         if is_flow(base) and kind is not type(base):
-            config |= _flow_config(config)
+            changed |= _flow_config(config)
     if sets_sigmas and "sigmas" not in inspect.signature(kind.set_timesteps).parameters:
         raise UserError(
             f"sampler.scheduler: {kind.__name__} cannot follow the sigmas that this pipeline sets; choose default"
@@ -56,18 +56,20 @@ def build_scheduler(base: Any, plan: SamplerPlan, sets_sigmas: bool = False) -> 
             raise UserError(
                 f"sampler.solver_order: {kind.__name__} has none; choose scheduler unipc or dpmpp, or remove it"
             )
-        config["solver_order"] = plan.solver_order
+        changed["solver_order"] = plan.solver_order
     if plan.sigmas is not None:
         if not is_flow(base):
             raise UserError(f"sampler.sigmas: {type(base).__name__} is not a flow's scheduler; remove them")
-        config |= _AS_THEY_ARE
+        changed |= _AS_THEY_ARE
     if plan.shift is not None:
         if not is_flow(base):
             raise UserError(
                 f"sampler.shift: {type(base).__name__} is not a flow's scheduler and has no shift; remove it"
             )
-        config |= {"flow_shift": plan.shift, "shift": plan.shift, "use_dynamic_shifting": False}
-    scheduler = kind.from_config(config)
+        changed |= {"flow_shift": plan.shift, "shift": plan.shift, "use_dynamic_shifting": False}
+    # diffusers drops values that the checkpoint left out, even where they have been set since.
+    left_out = [name for name in config.get("_use_default_values", ()) if name not in changed]
+    scheduler = kind.from_config(config | changed | {"_use_default_values": left_out})
     if plan.sigmas is not None:
         scheduler.set_timesteps = _Given(scheduler, plan.sigmas)
     if plan.scheduler == "euler_trailing":

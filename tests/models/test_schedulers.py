@@ -103,3 +103,84 @@ def test_build_scheduler_refuses_solvers_without_sigmas() -> None:
 def test_build_scheduler_starts_fresh() -> None:
     base = _flow()
     assert build_scheduler(base, SamplerPlan()) is not base
+
+
+def test_shift_reaches_a_scheduler_whose_checkpoint_says_none() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    euler = build_scheduler(FlowMatchEulerDiscreteScheduler(), SamplerPlan(shift=5.0))
+    assert euler.shift == 5.0
+    base = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    assert build_scheduler(base, SamplerPlan(shift=5.0)).config.flow_shift == 5.0
+
+
+SIGMAS = (1.0, 0.9, 0.6, 0.25)
+
+
+@pytest.mark.parametrize("base", [_flow, _flow_euler])
+@pytest.mark.parametrize("name", ["default", "unipc", "dpmpp", "euler"])
+def test_given_sigmas_are_those_that_the_denoiser_meets(base: Any, name: str) -> None:
+    """Not shifted, although the checkpoint's shift is 3, and whatever the pipeline brings."""
+    import torch
+
+    plan = SamplerPlan(scheduler=name, num_inference_steps=4, sigmas=SIGMAS)
+    scheduler = build_scheduler(base(), plan)
+    for given in ({"num_inference_steps": 4}, {"sigmas": [1.0, 0.75, 0.5, 0.25]}):
+        scheduler.set_timesteps(**given)
+        torch.testing.assert_close(scheduler.sigmas, torch.tensor([*SIGMAS, 0.0]), atol=2e-6, rtol=0)
+        torch.testing.assert_close(
+            scheduler.timesteps.float(), torch.tensor([1000.0, 900.0, 600.0, 250.0]), atol=1.01, rtol=0
+        )
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("name", ["unipc", "dpmpp", "euler"])
+def test_given_sigmas_lead_along_a_straight_path_to_its_end(name: str, order: int) -> None:
+    """Where the velocity is noise - clean everywhere, any solver of any order on any sigmas ends in the clean sample."""
+    import torch
+
+    clean, noise = torch.full((1, 2), 0.5), torch.tensor([[1.0, -2.0]])
+    multistep = {} if name == "euler" else {"solver_order": order}
+    plan = SamplerPlan(scheduler=name, num_inference_steps=4, sigmas=SIGMAS, **multistep)  # type: ignore[arg-type]
+    scheduler = build_scheduler(_flow(), plan)
+    scheduler.set_timesteps(4)
+    state = noise
+    for timestep in scheduler.timesteps:
+        state = scheduler.step(noise - clean, timestep, state, return_dict=False)[0]
+    torch.testing.assert_close(state, clean, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpmpp"])
+def test_solver_order_is_the_solvers(name: str) -> None:
+    import torch
+
+    def end(order: int | None) -> torch.Tensor:
+        scheduler = build_scheduler(_flow(), SamplerPlan(scheduler=name, num_inference_steps=8, solver_order=order))
+        assert scheduler.config.solver_order == (order or 2)
+        scheduler.set_timesteps(8)
+        state = torch.ones(1, 2)
+        for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+            state = scheduler.step(state * sigma**2, timestep, state, return_dict=False)[0]
+        return state
+
+    ends = [end(order) for order in (1, 2, 3)]
+    assert len({round(float(each[0, 0]), 5) for each in ends}) == 3
+    torch.testing.assert_close(end(None), ends[1])
+
+
+@pytest.mark.parametrize(
+    ("base", "plan", "key"),
+    [
+        (_flow, SamplerPlan(scheduler="euler", solver_order=2), "sampler.solver_order: FlowMatchEuler"),
+        (_noise, SamplerPlan(solver_order=2), "sampler.solver_order: EulerDiscreteScheduler"),
+        (
+            _noise,
+            SamplerPlan(sigmas=(1.0,), num_inference_steps=1),
+            "sampler.sigmas: EulerDiscreteScheduler is not a flow",
+        ),
+    ],
+)
+def test_build_scheduler_refuses_steps_that_it_cannot_take(base: Any, plan: SamplerPlan, key: str) -> None:
+    with pytest.raises(UserError) as error:
+        build_scheduler(base(), plan)
+    assert str(error.value).startswith(key)

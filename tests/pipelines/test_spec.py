@@ -108,6 +108,27 @@ def mistake(data: dict[str, Any], *overrides: str) -> str:
         ({1: 2}, "a key: expected a text, found 1; put it in quotes"),
         ({"score": {True: 2}}, "score.a key: expected a text, found True; put it in quotes"),
         ({"sampler": {"accelerate": [{0: 1}]}}, "sampler.accelerate.0.a key: expected a text, found 0"),
+        (
+            {"sampler": {"accelerate": ["first_block"]}},
+            "sampler.accelerate.0: expected keys and values, found 'first_b",
+        ),
+        ({"sampler": {"accelerate": [{"technique": "cache"}]}}, "sampler.accelerate.0.technique: expected a technique"),
+        (
+            {"sampler": {"accelerate": [{"technique": "first_block", "threshold": -1}]}},
+            "sampler.accelerate.0.threshold: expected a number at least 0, found -1",
+        ),
+        (
+            {"sampler": {"accelerate": [{"technique": "first_block"}, {"technique": "taylorseer"}]}},
+            "sampler.accelerate: first_block and taylorseer each decide which blocks are computed; keep one",
+        ),
+        ({"sampler": {"sigmas": [0.5, 0.9], "num_inference_steps": 2}}, "sampler.sigmas: expected each to be less"),
+        ({"sampler": {"sigmas": [0.9]}}, "sampler.sigmas: expected one for each of num_inference_steps: 20, found 1"),
+        ({"sampler": {"sigmas": [2.0]}}, "sampler.sigmas.0: expected at most 1.0, found 2.0"),
+        (
+            {"sampler": {"sigmas": [0.9, 0.5], "num_inference_steps": 2, "shift": 3}},
+            "sampler.sigmas: they are taken as they are, found shift too; remove one of the two",
+        ),
+        ({"sampler": {"solver_order": 4}}, "sampler.solver_order: expected at most 3, found 4"),
     ],
 )
 def test_parse_spec_says_a_mistake_in_one_line(data: dict[str, Any], line: str) -> None:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,3 +164,20 @@ def test_sample_refuses_a_plan_when_it_loads(folder: str) -> None:
 def test_sample_refuses_a_shape(folder: str, planned: Planned) -> None:
     with pytest.raises(UserError, match=r"^buckets: "):
         latents_of(folder, planned(1, num_frames=[16]))
+
+
+def test_sample_says_what_techniques_saved_of_each_sample(folder: str, planned: Planned) -> None:
+    technique = json.dumps({"technique": "first_block", "threshold": 10.0})
+    result = latents_of(folder, planned(3), replace(PLAN, accelerate=(technique,)))
+    facts = [json.loads(text) for text in result["accelerated"]]
+    assert len(facts) == 3
+    # Of five blocks, in two of three steps, all but the first are skipped.
+    assert facts[0]["skipped"] == pytest.approx(2 * 4 / 15, abs=1e-6)
+    assert facts[0]["block_evaluations"] == 2 * 3 * 5
+    assert "accelerated" not in latents_of(folder, planned(3))
+
+
+def test_sample_refuses_techniques_when_it_loads(folder: str) -> None:
+    plan = replace(PLAN, accelerate=(json.dumps({"technique": "guidance_reuse"}),))
+    with pytest.raises(UserError, match=r"^sampler\.accelerate: guidance_reuse: sampler\.guidance_scale is 1"):
+        SampleLatents((GeneratorRef(folder),), replace(plan, guidance_scale=1.0), 8).load()

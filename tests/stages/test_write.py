@@ -132,6 +132,14 @@ def test_write_keeps_the_facts_that_a_sample_was_asked_about(tmp_path):
     assert all("decomposed" not in json.loads(found[key]["extra_json"]) for key in ("p1", "p3"))
 
 
+def test_write_keeps_what_techniques_saved_beside_a_users_columns(tmp_path):
+    stage, batch = make_stage(tmp_path), make_batch()
+    batch["extra"] = texts([json.dumps({"text_id": "mine", "accelerated": "no"})] * len(batch["prompt"]))
+    batch["accelerated"] = texts([json.dumps({"skipped": 0.5})] * len(batch["prompt"]))
+    found = rows(stage, run(stage, batch))
+    assert json.loads(found["p0"]["extra_json"]) == {"text_id": "mine", "accelerated": {"skipped": 0.5}}
+
+
 def test_write_puts_each_row_where_its_verdict_says(tmp_path):
     stage, batch = make_stage(tmp_path), make_batch()
     result = run(stage, batch)
