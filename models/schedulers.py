@@ -34,7 +34,8 @@ def build_scheduler(base: Any, plan: SamplerPlan, sets_sigmas: bool = False) -> 
     """
     import diffusers
 
-    config, changed = dict(base.config), {}
+    config = dict(base.config)
+    changed: dict[str, Any] = {}
     if plan.scheduler == "default":
         kind = type(base)
     else:
