@@ -70,13 +70,8 @@ class Generator:
 
     def check_plan(self, plan: SamplerPlan, with_path: bool = False) -> None:
         """Raise a UserError that names the key where this checkpoint cannot follow the plan, or give states of its path."""
-        check_techniques(
-            plan,
-            self.family,
-            self.ref.parallel,
-            teacher=self.ref.teacher is not None,
-            compiled=self.ref.compile,
-        )
+        has_teacher = self.ref.teacher is not None
+        check_techniques(plan, self.family, self.ref.parallel, teacher=has_teacher, compiled=self.ref.compile)
         scheduler = self._scheduler(plan)
         if with_path:
             check_scheduler(scheduler)
