@@ -115,7 +115,7 @@ def _by_pipeline(folder: str, family: Any, row: int, noise: np.ndarray, shape: t
     from diffusers import DiffusionPipeline
     from PIL import Image
 
-    from models.generator import _step_noise
+    from models.arguments import step_noise
 
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -137,6 +137,6 @@ def _by_pipeline(folder: str, family: Any, row: int, noise: np.ndarray, shape: t
     if family.inputs:
         arguments["image"] = Image.fromarray(PICTURES[row])
     latents = family.pack(pipe, torch.from_numpy(noise[None].copy()))
-    output = pipe(prompt=PROMPTS[row], latents=latents, generator=_step_noise(noise), **arguments)[0]
+    output = pipe(prompt=PROMPTS[row], latents=latents, generator=step_noise(noise), **arguments)[0]
     values = np.asarray(output[0])
     return values if values.ndim == 4 else values[None]
