@@ -71,7 +71,14 @@ class Generator:
     def check_plan(self, plan: SamplerPlan, with_path: bool = False) -> None:
         """Raise a UserError that names the key where this checkpoint cannot follow the plan, or give states of its path."""
         has_teacher = self.ref.teacher is not None
-        check_techniques(plan, self.family, self.ref.parallel, teacher=has_teacher, compiled=self.ref.compile)
+        check_techniques(
+            plan,
+            self.family,
+            self.ref.parallel,
+            teacher=has_teacher,
+            compiled=self.ref.compile,
+            offloaded=self.ref.offload != "none",
+        )
         scheduler = self._scheduler(plan)
         if with_path:
             check_scheduler(scheduler)
@@ -201,7 +208,7 @@ class Generator:
             "dtype": str(denoiser_of(pipe).dtype).removeprefix("torch."),
             "scheduler": type(scheduler).__name__,
             "scheduler_config": config,
-            "shift": config.get("flow_shift", config.get("shift")),
+            "shift": None if plan.sigmas else config.get("flow_shift", config.get("shift")),
             "flow": is_flow(scheduler),
             "guidance_scale": plan.guidance_scale,
             **({} if self.ref.teacher is None else {"teacher": self.ref.teacher.facts()}),

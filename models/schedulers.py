@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ def build_scheduler(base: Any, plan: SamplerPlan, sets_sigmas: bool = False) -> 
     if plan.sigmas is not None:
         if not is_flow(base):
             raise UserError(f"sampler.sigmas: {type(base).__name__} is not a flow's scheduler; remove them")
+        _check_sigmas(kind, plan.sigmas, config["num_train_timesteps"])
         changed |= _AS_THEY_ARE
     if plan.shift is not None:
         if not is_flow(base):
@@ -77,6 +79,17 @@ def build_scheduler(base: Any, plan: SamplerPlan, sets_sigmas: bool = False) -> 
         # Its own sigmas of N steps end at the smallest of training, shifted twice; these are 1, (N-1)/N, ... 1/N, 0, shifted.
         scheduler.sigma_max, scheduler.sigma_min = 1.0, 1 / plan.num_inference_steps
     return scheduler
+
+
+def _check_sigmas(kind: Any, sigmas: tuple[float, ...], trained: int) -> None:
+    if kind.__name__ != _FLOW["dpmpp"] and "sigmas" not in inspect.signature(kind.set_timesteps).parameters:
+        raise UserError(f"sampler.sigmas: {kind.__name__} takes none; choose scheduler unipc, dpmpp or euler")
+    for before, after in pairwise(sigmas):
+        if int(before * trained) == int(after * trained):
+            raise UserError(
+                f"sampler.sigmas: {before:g} and {after:g} are one timestep of the {trained} that the checkpoint knows; "
+                "give sigmas that lie further apart"
+            )
 
 
 _AS_THEY_ARE = {
@@ -117,10 +130,10 @@ class _Given:
         import torch
 
         self.own(len(self.sigmas), device=device)
-        given = torch.tensor([*self.sigmas, 0.0], dtype=torch.float32).clamp(max=_FIRST)
+        given = torch.tensor([*self.sigmas, 0.0], dtype=torch.float64).clamp(max=_FIRST)
         trained = self.scheduler.config.num_train_timesteps
-        self.scheduler.sigmas = given
-        self.scheduler.timesteps = (given[:-1].double() * trained).to(device=device, dtype=torch.int64)
+        self.scheduler.sigmas = given.float()
+        self.scheduler.timesteps = (given[:-1] * trained).to(device=device, dtype=torch.int64)
 
 
 def is_flow(scheduler: Any) -> bool:

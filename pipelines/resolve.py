@@ -262,6 +262,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
             degrees,
             teacher=generator.teacher_steps > 0,
             compiled=spec.layout.compile,
+            offloaded=spec.layout.offload != "none",
         )
         keeps = spec.output.tensors or spec.trajectory
         if family_of(pipeline) is None and (keeps or spec.output.keep_rejected == "latents"):

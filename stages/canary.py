@@ -48,7 +48,7 @@ def _shortened(stage: Any) -> Stage:
         return replace(stage, stage=_shortened(stage.stage))
     if stage.name != "sample":
         return stage  # type: ignore[no-any-return]
-    return replace(stage, plan=stage.plan.shortened(STEPS))  # type: ignore[no-any-return]
+    return replace(stage, plan=replace(stage.plan.shortened(STEPS), accelerate=()))  # type: ignore[no-any-return]
 
 
 class Canaries:

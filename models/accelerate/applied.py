@@ -35,7 +35,7 @@ def accelerated(
         yield {}
         return
     from models.accelerate.guidance import guiding, plain
-    from models.accelerate.stack import blocks_of, stacked
+    from models.accelerate.stack import blocks_of
     from models.parallel.layout import denoisers_of
 
     wanted = [(TECHNIQUES[config.name], config) for config in configs(plan)]
@@ -47,6 +47,7 @@ def accelerated(
         group=None if layout is None else layout.tensor,
         branches=None if layout is None else layout.branches,
     )
+    counts = all(row.decides != "blocks" for row, _ in wanted)
     changed: dict[str, Any] = {}
     guide = None
     with ExitStack() as undo:
@@ -59,13 +60,11 @@ def accelerated(
                 guide = row.apply(guide or plain(plan.guidance_scale), config, course)
         if guide is not None:
             changed["guidance_scale"] = 1.0
-            undo.enter_context(guiding(pipe, guide, arguments["negative_prompt_embeds"], course))
+            undo.enter_context(guiding(pipe, guide, arguments["negative_prompt_embeds"], course, counts))
         for denoiser in denoisers:
             for row, config in wanted:
                 if row.decides == "blocks":
                     undo.enter_context(row.apply(denoiser, config, course))
-            if all(row.decides != "blocks" for row, _ in wanted):
-                undo.enter_context(stacked(denoiser, course, None))
         yield changed
         if not course.computed.all() and not has_teacher:
             raise RuntimeError(

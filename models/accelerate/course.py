@@ -113,7 +113,7 @@ class Course:
         if self.limit is not None and self._held > self.limit:
             raise UserError(
                 f"{LIMIT}: {' and '.join(self.techniques)} want more than {self.limit} bytes for a batch of {self.rows};"
-                " raise it, or use a smaller layout.batch_size or a technique that keeps less"
+                " raise it, or use a smaller layout.batch_size or what keeps less (taylorseer: keep: last)"
             )
 
     def agreed(self, wanted: Tensor) -> Tensor:

@@ -31,12 +31,13 @@ def plain(guidance_scale: float) -> Guide:
 class Guided:
     """Stands in for a denoiser in its pipeline; whatever is asked of it but a prediction is the denoiser's answer.
 
-    `negative`: embeddings [n, tokens, width] of the negative prompts. `blocks`: how many the denoiser has.
+    `negative`: embeddings [n, tokens, width] of the negative prompts. `counts`: all blocks of a branch that is evaluated are
+    computed, and are counted here.
     """
 
-    def __init__(self, denoiser: Any, guide: Guide, negative: Tensor, course: Course, blocks: int) -> None:
+    def __init__(self, denoiser: Any, guide: Guide, negative: Tensor, course: Course, counts: bool) -> None:
         self.denoiser, self.guide, self.negative, self.course = denoiser, guide, negative, course
-        self.blocks_saved = blocks
+        self.counts, self.blocks = counts, len(denoiser.blocks)  # before a technique stacks them
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.denoiser, name)
@@ -48,22 +49,28 @@ class Guided:
             nonlocal asked
             asked = True
             with self.course.on(UNCONDITIONAL):
-                made: Tensor = self.denoiser(encoder_hidden_states=self.negative, **arguments)[0]
-            return made
+                return self._evaluated(self.negative, arguments)
 
-        conditional = self.denoiser(encoder_hidden_states=encoder_hidden_states, **arguments)[0]
-        made = self.guide(conditional, unconditional)
+        made = self.guide(self._evaluated(encoder_hidden_states, arguments), unconditional)
         if not asked:
-            self.course.plan(self.blocks_saved)
+            self.course.plan(self.blocks)
         return (made,)
+
+    def _evaluated(self, prompt_embeds: Tensor, arguments: dict[str, Any]) -> Tensor:
+        # In guidance parallel each rank is asked for both and evaluates one.
+        if self.counts and not (self.course.branches is not None and self.course.branch == UNCONDITIONAL):
+            self.course.plan(self.blocks)
+            self.course.compute(self.blocks)
+        made: Tensor = self.denoiser(encoder_hidden_states=prompt_embeds, **arguments)[0]
+        return made
 
 
 @contextmanager
-def guiding(pipe: Any, guide: Guide, negative: Tensor, course: Course) -> Iterator[None]:
-    """Around one call of the pipeline, whose denoisers answer with the guided prediction."""
+def guiding(pipe: Any, guide: Guide, negative: Tensor, course: Course, counts: bool) -> Iterator[None]:
+    """Around one call of the pipeline, whose denoisers answer with the guided prediction; `counts` as `Guided`'s."""
     before = {name: denoiser for name in DENOISERS if (denoiser := getattr(pipe, name, None)) is not None}
     for name, denoiser in before.items():
-        setattr(pipe, name, Guided(denoiser, guide, negative, course, len(denoiser.blocks)))
+        setattr(pipe, name, Guided(denoiser, guide, negative, course, counts))
     try:
         yield
     finally:

@@ -72,7 +72,7 @@ TECHNIQUES: dict[str, Technique] = {
 def parsed(item: Mapping[str, Any]) -> Any:
     """The configuration that an item of a plan says. SettingError names the key that is wrong."""
     name = item.get(TECHNIQUE)
-    if name not in TECHNIQUES:
+    if not isinstance(name, str) or name not in TECHNIQUES:
         close = get_close_matches(str(name), TECHNIQUES, 1)
         mend = f"did you mean {close[0]}?" if close else f"choose one of: {', '.join(TECHNIQUES)}"
         raise SettingError(TECHNIQUE, f"expected a technique, found {name!r}; {mend}")
@@ -99,6 +99,8 @@ def conflict(items: Iterable[Mapping[str, Any]]) -> str | None:
     blocks = [name for name in names if TECHNIQUES[name].decides == "blocks"]
     if len(blocks) > 1:
         return f"{' and '.join(blocks)} each decide which blocks are computed; keep one"
+    if {schedule.Schedule.name, guidance_reuse.GuidanceReuse.name} <= set(names):
+        return "schedule says what each step computes, and guidance_reuse leaves out steps of a branch; keep one"
     return None
 
 
@@ -108,11 +110,17 @@ def configs(plan: SamplerPlan) -> list[Any]:
 
 
 def check(
-    plan: SamplerPlan, family: Family | None, degrees: Degrees, *, teacher: bool = False, compiled: bool = False
+    plan: SamplerPlan,
+    family: Family | None,
+    degrees: Degrees,
+    *,
+    teacher: bool = False,
+    compiled: bool = False,
+    offloaded: bool = False,
 ) -> None:
     """Raise a UserError that names the key where the plan's techniques cannot be applied to this family, or laid out so.
 
-    `teacher`: another model takes the first steps. `compiled`: the denoiser is.
+    `teacher`: another model takes the first steps. `compiled`, `offloaded`: the denoiser is.
     """
     if not plan.accelerate:
         return
@@ -125,9 +133,9 @@ def check(
     if plan.blocks is not None:
         raise UserError(f"{KEY}: not with sampler.dualparal, for {_PARTS_OF_VIDEO}; remove one of the two")
     for config in wanted:
-        if why := _refusal(TECHNIQUES[config.name], plan, family, degrees, teacher, compiled):
+        if why := _refusal(TECHNIQUES[config.name], plan, family, degrees, teacher, compiled, offloaded):
             raise UserError(f"{KEY}: {config.name}: {why}")
-        if isinstance(config, schedule.Schedule) and len(config.steps) < plan.num_inference_steps:
+        if isinstance(config, schedule.Schedule) and len(config.steps) != plan.num_inference_steps:
             raise UserError(
                 f"{KEY}: schedule.steps: found {len(config.steps)} for sampler.num_inference_steps: "
                 f"{plan.num_inference_steps}; give one for each step"
@@ -135,7 +143,13 @@ def check(
 
 
 def _refusal(
-    row: Technique, plan: SamplerPlan, family: Family | None, degrees: Degrees, teacher: bool, compiled: bool
+    row: Technique,
+    plan: SamplerPlan,
+    family: Family | None,
+    degrees: Degrees,
+    teacher: bool,
+    compiled: bool,
+    offloaded: bool,
 ) -> str | None:
     if family is None or row.config.name not in family.accelerators:
         return f"{family.name if family else 'a pipeline that runs whole'} has no such technique; remove it"
@@ -147,6 +161,8 @@ def _refusal(
             return "with generators.teacher_steps the sampler is the student's, which takes no guidance; remove it"
         if plan.guidance_scale <= 1:
             return f"sampler.guidance_scale is {plan.guidance_scale:g}, so there is no guidance; remove it"
+        if offloaded:
+            return "not with layout.offload: its stand-in for the denoiser would keep that on the device; set offload: none"
     elif compiled:
         return "not with layout.compile: what is computed differs from step to step; set compile: false"
     return None

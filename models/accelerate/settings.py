@@ -74,7 +74,7 @@ def _checked(each: Field[Any], value: Any) -> Any:
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(value)
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     low, high = each.metadata["least"], each.metadata["most"]
     fits = (
         type(value) is kind

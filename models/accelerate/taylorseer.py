@@ -37,9 +37,9 @@ class TaylorSeer:
         "parts", "What is kept and forecast: the parts of each block, or the last block.", choices=("parts", "last")
     )
 
-    def computes(self, course: Course) -> bool:
-        """Is this step computed? Counted from the last step of the warm-up."""
-        return course.is_margin(self.warmup, self.cooldown) or (course.step - self.warmup + 1) % self.interval == 0
+    def computes(self, course: Course, last: int) -> bool:
+        """Is this step computed, where step `last` was, of this branch? A branch need not be asked at every step."""
+        return course.is_margin(self.warmup, self.cooldown) or course.step - last >= self.interval
 
 
 @contextmanager
@@ -60,6 +60,7 @@ class _Features:
     def __init__(self, config: TaylorSeer, course: Course) -> None:
         self.config, self.course, self.cache = config, course, Cache(course)
         self.series: dict[tuple[str, int, str], Series] = {}
+        self.computed: dict[tuple[str, int, str], int] = {}
 
     def last(self, stack: Stack, hidden: Tensor, given: Given) -> Tensor:
         return self.part(-1, "", lambda: stack.compute(hidden, given))
@@ -68,9 +69,9 @@ class _Features:
         from models.accelerate.taylor import Series
 
         key = (self.course.branch, block, part)
-        if key in self.series and not self.config.computes(self.course):
+        if key in self.series and not self.config.computes(self.course, self.computed[key]):
             self.course.skip(self.config.name)
             return self.series[key].forecast(self.course.step)
-        value = compute()
+        value, self.computed[key] = compute(), self.course.step
         self.series.setdefault(key, Series(self.config.order, self.cache, key)).update(self.course.step, value)
         return value

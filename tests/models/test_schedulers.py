@@ -21,6 +21,12 @@ def _flow_euler() -> Any:
     return FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
+def _heun() -> Any:
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
+    return FlowMatchHeunDiscreteScheduler()
+
+
 def _noise() -> Any:
     from diffusers import EulerDiscreteScheduler
 
@@ -128,9 +134,9 @@ def test_given_sigmas_are_those_that_the_denoiser_meets(base: Any, name: str) ->
     for given in ({"num_inference_steps": 4}, {"sigmas": [1.0, 0.75, 0.5, 0.25]}):
         scheduler.set_timesteps(**given)
         torch.testing.assert_close(scheduler.sigmas, torch.tensor([*SIGMAS, 0.0]), atol=2e-6, rtol=0)
-        torch.testing.assert_close(
-            scheduler.timesteps.float(), torch.tensor([1000.0, 900.0, 600.0, 250.0]), atol=1.01, rtol=0
-        )
+        first, *others = scheduler.timesteps.tolist()
+        assert first in (999, 1000)  # multistep solvers stop short of pure noise
+        assert others == pytest.approx([900, 600, 250], abs=1e-3)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -178,6 +184,12 @@ def test_solver_order_is_the_solvers(name: str) -> None:
             SamplerPlan(sigmas=(1.0,), num_inference_steps=1),
             "sampler.sigmas: EulerDiscreteScheduler is not a flow",
         ),
+        (
+            _flow,
+            SamplerPlan(sigmas=(1.0, 0.9004, 0.9), num_inference_steps=3),
+            "sampler.sigmas: 0.9004 and 0.9 are one timestep",
+        ),
+        (_heun, SamplerPlan(sigmas=(1.0, 0.5), num_inference_steps=2), "sampler.sigmas: FlowMatchHeun"),
     ],
 )
 def test_build_scheduler_refuses_steps_that_it_cannot_take(base: Any, plan: SamplerPlan, key: str) -> None:

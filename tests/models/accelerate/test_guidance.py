@@ -64,6 +64,31 @@ def test_outside_of_the_interval_the_unconditional_branch_is_not_evaluated(sampl
     np.testing.assert_allclose(latents, expected, atol=1e-5)
 
 
+def test_a_branch_that_is_asked_at_some_steps_is_computed_there_though_features_are_forecast(
+    sampling: Any, plan_with: Plans
+) -> None:
+    reuse = {"technique": "guidance_reuse", "interval": 4}
+    forecast = {"technique": "taylorseer", "interval": 4, "warmup": 3, "cooldown": 0, "keep": "last"}
+    with sampling.counting() as seen:
+        _, nfe = sampling(plan_with(reuse, forecast))
+    assert nfe == STEPS + 2
+    # conditional: 0 to 2 and 6; unconditional, asked at 0 and 4: both, though 4 is none of the former
+    assert sum(seen) == SAMPLES * LAYERS * (4 + 2)
+
+
+def test_guidance_alone_leaves_the_list_of_blocks_as_it_is(sampling: Any, plan_with: Plans) -> None:
+    """A compiled denoiser is one whose modules stay what they are."""
+    found: list[bool] = []
+    blocks = sampling.denoiser.blocks
+    handle = sampling.denoiser.register_forward_pre_hook(lambda module, _: found.append(module.blocks is blocks))
+    try:
+        sampling(plan_with({"technique": "guidance_reuse"}))
+    finally:
+        handle.remove()
+    assert all(found)
+    assert len(found) == STEPS + STEPS // 2
+
+
 def test_an_interval_that_holds_no_step_is_the_unguided_plan(sampling: Any, plain: Plain, plan_with: Plans) -> None:
     plan = plan_with({"technique": "guidance_interval", "low": 0.0, "high": 0.01})
     latents, nfe = sampling(plan)

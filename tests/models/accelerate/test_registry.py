@@ -63,6 +63,8 @@ def test_a_default_that_is_written_out_changes_no_identity() -> None:
         ({"technique": "schedule", "steps": ["0.ffn"]}, "steps", "the first of them all, found '0.ffn'"),
         ({"technique": "schedule", "steps": ["all", "0.mlp"]}, "steps.1", "found '0.mlp'"),
         ({"technique": "schedule", "steps": ["all", 3]}, "steps.1", "found 3"),
+        ({"technique": ["first_block"]}, "technique", "expected a technique, found ['first_block']"),
+        ({"technique": "first_block", "threshold": 10**400}, "threshold", "expected a number at least 0"),
         ({"technique": "guidance_interval", "low": 0.5, "high": 0.5}, "low", "expected less than high: 0.5"),
     ],
 )
@@ -77,7 +79,9 @@ def test_two_that_decide_on_blocks_do_not_compose_and_any_other_two_do() -> None
     for one in EXAMPLES.values():
         for other in EXAMPLES.values():
             both = {TECHNIQUES[item["technique"]].decides for item in (one, other)}
-            assert bool(conflict([one, other])) == (both == {"blocks"} or one == other)
+            names = {one["technique"], other["technique"]}
+            apart = both == {"blocks"} or one == other or names == {"schedule", "guidance_reuse"}
+            assert bool(conflict([one, other])) == apart
 
 
 REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
@@ -91,12 +95,14 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
     (["guidance_interval"], {"degrees": Degrees(cfg=2)}, "guidance_interval: not with layout.parallel.cfg"),
     (["guidance_rescale"], {"teacher": True}, "guidance_rescale: with generators.teacher_steps"),
     (["taylorseer"], {"compiled": True}, "taylorseer: not with layout.compile"),
+    (["guidance_rescale"], {"offloaded": True}, "guidance_rescale: not with layout.offload"),
     (["taylorseer"], {"blocks": (8, 4)}, "not with sampler.dualparal"),
     (["guidance_reuse"], {"guidance_scale": 1.0}, "guidance_reuse: sampler.guidance_scale is 1"),
     (["first_block"], {"family": "LTXPipeline"}, "first_block: LTX-Video has no such technique"),
     (["first_block"], {"family": "NoPipeline"}, "first_block: a pipeline that runs whole has no such technique"),
     (["first_block", "taylorseer"], {}, "first_block and taylorseer each decide which blocks are computed"),
     (["schedule"], {"num_inference_steps": 9}, "schedule.steps: found 8 for sampler.num_inference_steps: 9"),
+    (["schedule"], {"num_inference_steps": 7}, "schedule.steps: found 8 for sampler.num_inference_steps: 7"),
 ]
 
 
@@ -105,7 +111,7 @@ def test_what_does_not_compose_is_refused_with_the_reason(
     names: list[str], changes: dict[str, Any], message: str, plan_with: Plans
 ) -> None:
     family = family_of(changes.pop("family", "WanPipeline"))
-    layout = {name: changes.pop(name) for name in ("degrees", "teacher", "compiled") if name in changes}
+    layout = {name: changes.pop(name) for name in ("degrees", "teacher", "compiled", "offloaded") if name in changes}
     degrees = layout.pop("degrees", Degrees())
     plan = replace(plan_with(*(EXAMPLES[name] for name in names)), **changes)
     with pytest.raises(UserError) as error:
