@@ -25,7 +25,7 @@ from models.loading import TeacherRef
 from models.source import content_sha256, resolve
 from pipelines import samples as stored
 from pipelines.distill_settings import Distill
-from pipelines.distill_stream import Wanted, read, text_length
+from pipelines.distill_stream import Wanted, read, sampled, text_length
 from pipelines.regenerate import generator_settings
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class Job:
     start_path: str | None = None
     """Checkpoint of the first weights, where it is not the teacher."""
     start_sha256: str | None = None
+    sampled: dict[str, Any] | None = None
+    """Of the samples' plan, as `distill_stream.sampled` says it."""
 
     @property
     def config(self) -> Distill:
@@ -78,7 +80,7 @@ class Job:
     def wanted(self) -> Wanted:
         plan = (self.teacher_guidance_scale, self.shift, self.text_length)
         negative = self.config.method == "distribution" and self.teacher_guidance_scale > 1
-        return Wanted(self.teacher_sha256, *plan, self.places, self.path_steps, negative)
+        return Wanted(self.teacher_sha256, *plan, self.places, self.path_steps, negative, self.sampled)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same to go on: where things lie may change, what they are may not."""
@@ -120,6 +122,7 @@ def prepare(storage: Storage, release: str, settings: Distill, out: Path) -> Job
             f" {row['model_sha256'][:12]}); put the old one back"
         )
     check_teacher(path)
+    _check_plan(settings, sampled(row))
     start = _start(settings, row, path)
     shift = json.loads(row["plan_json"]).get("shift")
     scheduler = student_scheduler(load_scheduler(path), shift)
@@ -144,6 +147,7 @@ def prepare(storage: Storage, release: str, settings: Distill, out: Path) -> Job
         timesteps=timesteps,
         start_path=start,
         start_sha256=start and content_sha256(start),
+        sampled=sampled(row),
     )
     read([first], job.wanted)  # what the release lacks is told now
     _refuse_other(job, out)
@@ -152,16 +156,47 @@ def prepare(storage: Storage, release: str, settings: Distill, out: Path) -> Job
     return job
 
 
+def _check_plan(settings: Distill, plan: Mapping[str, Any]) -> None:
+    if settings.method == "trajectory" and plan["sigmas"] is not None:
+        raise UserError(
+            "method: the samples' plan gives sigmas of its own (sampler.sigmas), and a student of trajectory steps along"
+            " those of a shift; sample with shift instead, or take another method"
+        )
+    if settings.method == "distribution" and plan["accelerate"] is not None:
+        techniques = ", ".join(item["technique"] for item in plan["accelerate"])
+        raise UserError(
+            f"method: distribution asks the teacher with its plain guidance, and the samples' plan has {techniques}; sample"
+            " without, or take another method"
+        )
+
+
 def _start(settings: Distill, row: Mapping[str, Any], teacher: str) -> str | None:
     """Where the first weights lie, if not in the teacher."""
+    from models.distill.assemble import check_teacher
+
     if settings.start is None:
         return None
     path = resolve(settings.start, "generator", key="start")
     try:
+        check_teacher(path)
         check_hand_off(path, TeacherRef(teacher, row["model"], row["model_sha256"], 0, 1.0))
     except UserError as error:
         raise UserError(f"start: {error}") from error
+    ours, theirs = (_sizes(folder) for folder in (path, teacher))
+    if differing := sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]):
+        raise UserError(
+            f"start: {settings.start} and the teacher differ in {', '.join(differing)} of the transformer; name a checkpoint"
+            " of the teacher's architecture"
+        )
     return path
+
+
+def _sizes(folder: str) -> dict[str, Any]:
+    """The configuration of a transformer, but for who wrote it."""
+    from diffusers import WanTransformer3DModel
+
+    config = WanTransformer3DModel.load_config(folder, subfolder="transformer")
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _path_of(sample: stored.StoredSample, settings: Distill) -> tuple[tuple[int, ...] | None, int, int]:
@@ -249,6 +284,7 @@ def assemble(job: Job, out: Path, trained: int) -> None:
     from models.distill.schedule import student_scheduler
 
     settings = job.config
+    start = settings.start if "://" in (settings.start or "") else settings.start and Path(settings.start).name
     facts = {
         "teacher": job.teacher,
         "teacher_sha256": job.teacher_sha256,
@@ -259,9 +295,10 @@ def assemble(job: Job, out: Path, trained: int) -> None:
         "dataset": job.storage["root"] if "://" in job.storage["root"] else Path(job.storage["root"]).name,
         "release": job.release,
         "release_sha256": job.release_sha256,
+        **({"start": start, "start_sha256": job.start_sha256} if start else {}),
         "trained_steps": trained,
         "max_sequence_length": job.text_length,
-        "config": settings.model_dump(mode="json"),
+        "config": settings.model_dump(mode="json", exclude={"start"}),
     }
     weights = load_file(out / "weights" / "average.safetensors")
     scheduler = student_scheduler(load_scheduler(job.teacher_path), job.shift)

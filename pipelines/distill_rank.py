@@ -139,14 +139,15 @@ def phases(job: Job, config: TrainerConfig, device: torch.device) -> tuple[tuple
         loss = Trajectory(said.weight, said.own, said.distance, said.huber)
         return (Phase("trajectory", settings.steps, loss),), None
     if settings.method == "distribution":
-        teacher = network(job, config).to(device).requires_grad_(False).eval()
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        teacher = network(job, config).to(device, dtype).requires_grad_(False).eval()
         engine = engine_of(network(job, config), config, settings.distribution.critic_learning_rate)
         critic = Critic(engine, settings.distribution.critic_updates, shift := scheduler.config.flow_shift)
         steps = Schedule.of(scheduler, job.num_inference_steps)
         matching = Distribution(teacher, critic, job.teacher_guidance_scale, steps.sigmas, steps.timesteps, shift)
         return (Phase("distribution", settings.steps, matching),), critic
     if settings.method == "consistency":
-        target = Target(network(job, config).to(device), settings.consistency.target_decay)
+        target = Target(network(job, config, job.start_path).to(device), settings.consistency.target_decay)
         line = Schedule.of(scheduler, settings.consistency.pieces)
         consistency = Consistency(
             target.network,

@@ -141,7 +141,7 @@ class Distill(Section):
     def identity(self) -> dict[str, Any]:
         """What makes another training: everything but how often something is written or measured."""
         said = self.model_dump(mode="json")
-        for name in ("evaluate", "checkpoint_steps", "checkpoint_minutes", "log_steps"):
+        for name in ("start", "evaluate", "checkpoint_steps", "checkpoint_minutes", "log_steps"):
             del said[name]
         return said
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from infra.errors import UserError
+from models.accelerate.registry import TECHNIQUES
 from pipelines.samples import StoredSample, Trajectory
 
 AHEAD = 4
@@ -42,6 +43,8 @@ class Wanted:
     """Of the teacher, the last place."""
     negative: bool = False
     """Embeddings of negative prompts too."""
+    sampled: Mapping[str, Any] | None = None
+    """What else of the plan makes other samples, as `sampled` says it; None for anything."""
 
 
 def drawn(samples: Samples, split: str, seed: int, window: int) -> Iterator[StoredSample]:
@@ -143,6 +146,9 @@ def check_row(row: Mapping[str, Any], wanted: Wanted) -> None:
         raise UserError(f"{who} was sampled with {also}; a student has one teacher: make a release of samples without")
     asked = {"guidance_scale": wanted.guidance_scale, "shift": wanted.shift, "max_sequence_length": wanted.text_length}
     found = {name: plan.get(name) for name in asked} | {"guidance_scale": row["guidance_scale"]}
+    if wanted.sampled is not None:
+        asked |= wanted.sampled
+        found |= sampled(row)
     if found != asked:
         raise UserError(
             f"{who} was sampled with {found}, others with {asked}; a student learns one of them: make a release of one"
@@ -173,6 +179,14 @@ def padded(embeds: np.ndarray, length: int) -> np.ndarray:
     """[length, width] of [tokens, width]: cut, or filled with zeros."""
     embeds = embeds[:length]
     return np.pad(embeds, ((0, length - len(embeds)), (0, 0))).astype(np.float32)
+
+
+def sampled(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Sigmas that a row's plan gives, and techniques that make something else of its guidance; None for none."""
+    plan = _plan(row["plan_json"]).get("plan", {})
+    techniques = [json.loads(item) for item in plan.get("accelerate") or ()]
+    guidance = [item for item in techniques if TECHNIQUES[item["technique"]].decides == "guidance"]
+    return {"sigmas": plan.get("sigmas"), "accelerate": guidance or None}
 
 
 def text_length(row: Mapping[str, Any]) -> int:

@@ -28,7 +28,8 @@ LEVELS = 0.02, 0.98
 
 @dataclass
 class Critic:
-    """The student's own distribution: a denoiser that is trained on what it makes, `updates` times a step.
+    """The student's own distribution: a denoiser that is trained on what it makes, `updates` times a step: each time on the
+    samples of that step with other noise, where DMD2 makes new ones.
 
     `engine` is DeepSpeed's, with an optimizer of its own: called like a `Student`, with `backward` and `step`.
     """

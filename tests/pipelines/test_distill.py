@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,7 @@ from flows.distill import run_distill, told
 from infra.errors import UserError
 from infra.storage import Storage
 from models.source import content_sha256
-from pipelines import distill, release
+from pipelines import distill, distill_stream, release
 from pipelines import samples as stored
 from pipelines.distill import Job, prepare
 from pipelines.distill_evaluate import share
@@ -308,6 +309,29 @@ def test_a_release_that_the_stages_made_is_learnt_from_and_its_student_is_no_tea
         train(prepare(teacher, "v1", wild, tmp_path / "wild"), tmp_path / "wild", 60.0)
 
 
+def test_samples_of_sigmas_of_their_own_and_of_other_guidance_are_refused_where_they_would_mislead() -> None:
+    def planned(**plan: Any) -> dict[str, Any]:
+        return {"plan_json": json.dumps({"shift": None, "max_sequence_length": 8, "plan": plan})}
+
+    given = distill_stream.sampled(planned(sigmas=[1.0, 0.5], accelerate=['{"technique":"taylorseer"}']))
+    assert given == {"sigmas": [1.0, 0.5], "accelerate": None}
+    rescaled = distill_stream.sampled(planned(accelerate=['{"technique":"guidance_rescale"}']))
+    assert rescaled == {"sigmas": None, "accelerate": [{"technique": "guidance_rescale"}]}
+    plain = distill_stream.sampled(planned())
+    for method, plan, said in (
+        ("trajectory", given, "sigmas of its own"),
+        ("distribution", rescaled, "guidance_rescale"),
+    ):
+        distill._check_plan(settings(method=method), plain)
+        with pytest.raises(UserError, match=rf"^method: .*{said}"):
+            distill._check_plan(settings(method=method), plan)
+    row = made_up.row(0, "t")
+    wanted = Wanted("t", 3.0, 3.0, 8, None, sampled=plain)
+    distill_stream.check_row(row, wanted)
+    with pytest.raises(UserError, match="a student learns one of them"):
+        distill_stream.check_row(row, replace(wanted, sampled=given))
+
+
 def _matches_distributions(teacher: Storage, start: Path, out: Path) -> None:
     """From a student's weights, with the teacher's guidance."""
     from safetensors.numpy import load_file
@@ -319,11 +343,18 @@ def _matches_distributions(teacher: Storage, start: Path, out: Path) -> None:
     negative = read([sample], job.wanted)["negative_embeds"][0]
     assert np.array_equal(negative, padded(sample.negative_text()["prompt_embeds"], job.text_length))
     assert not np.array_equal(negative, read([sample], job.wanted)["prompt_embeds"][0])
-    with pytest.raises(UserError, match=r"^--out .*start was"):
+    with pytest.raises(UserError, match=r"^--out .*start_sha256 was"):
         prepare(teacher, "v1", settings(**asked), out)
     with pytest.raises(UserError, match=r"^start: "):
         prepare(teacher, "v1", settings(**asked, start=str(out / "nowhere")), out)
-    assert train(job, out, 60.0) == 2
+    moved = out.parent / "moved"
+    shutil.copytree(start, moved)
+    assert prepare(teacher, "v1", settings(**asked, start=str(moved)), out).start_path == str(moved)  # the same weights
+    config = moved / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('"ffn_dim": ', '"ffn_dim": 1'))
+    with pytest.raises(UserError, match=r"^start: .*differ in ffn_dim of the transformer"):
+        prepare(teacher, "v1", settings(**asked, start=str(moved)), out.parent / "wide")
+    assert train(prepare(teacher, "v1", settings(**asked, start=str(start)), out), out, 60.0) == 2
     before, after = (load_file(folder / "weights" / "average.safetensors") for folder in (start, out))
     assert any((before[name] != value).any() for name, value in after.items())
     assert max(abs(before[name] - value).max() for name, value in after.items()) < 0.05  # and not the teacher's, moved
