@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from infra.errors import UserError
 from infra.storage import Storage
 from infra.tables import Table
+from models.accelerate.registry import decides_by_data
 from models.loading import GeneratorRef, TeacherRef
 from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
@@ -51,6 +52,8 @@ class Regenerated:
     seconds: float
     trajectory: str = "not stored"
     text: str = "not stored"
+    promise: str = "to the bit"
+    """How alike they are to be; `to float tolerance` of a plan whose techniques decide by a sample's own data."""
 
     @property
     def is_same(self) -> bool:
@@ -99,6 +102,7 @@ def regenerate(storage: Storage, sample_id: str) -> Regenerated:
         round(seconds, 2),
         _compare_tensor(storage, row, "trajectory", batch)[0],
         _compare_text(storage, row, batch),
+        "to float tolerance" if decides_by_data(_plan(row)) else "to the bit",
     )
 
 

@@ -71,4 +71,4 @@ def accelerated(
                 f"sampler.accelerate: {type(pipe).__name__} asked its denoisers for nothing that techniques could see"
             )
     if savings is not None:
-        savings.facts += course.facts(by_data=any(row.by_data for row, _ in wanted))
+        savings.facts += course.facts()

@@ -126,12 +126,10 @@ class Course:
         dist.broadcast(said, dist.get_global_rank(self.group, 0), group=self.group)
         return said.bool()
 
-    def facts(self, by_data: bool) -> list[dict[str, Any]]:
-        """What was saved of each sample, at the end. `by_data`: some decision was taken from data.
-
-        `block_evaluations` of the plan without techniques, the share of them that was `skipped`, `cache_bytes` that were
-        kept for the sample at the peak, the techniques that skipped nothing in the whole batch, and how alike a sample is
-        that is made again: its bits depend on which of its neighbours are computed with it.
+    def facts(self) -> list[dict[str, Any]]:
+        """What was saved of each sample, at the end: `block_evaluations` of the plan without techniques, the share of them
+        that was `skipped`, and `cache_bytes` that were kept for the sample at the peak. Techniques that skipped nothing in
+        the whole batch are logged.
         """
         idle = [name for name in self.techniques if name not in self._skipping]
         if idle:
@@ -142,8 +140,6 @@ class Course:
                 "block_evaluations": round(planned),
                 "skipped": round(1 - float(each) / planned, 6) if planned else 0.0,
                 "cache_bytes": self.peak // self.rows,
-                "idle": idle,
-                "again": "to float tolerance" if by_data else "to the bit",
             }
             for each in computed
         ]

@@ -109,6 +109,12 @@ def configs(plan: SamplerPlan) -> list[Any]:
     return [parsed(json.loads(item)) for item in canonical(map(json.loads, plan.accelerate))]
 
 
+def decides_by_data(plan: SamplerPlan) -> bool:
+    """Does some technique decide by a sample's own data? Then its bits depend on which of its neighbours are computed with
+    it, and made again it is the same to float tolerance, or to a decision that lay at its threshold."""
+    return any(TECHNIQUES[config.name].by_data for config in configs(plan))
+
+
 def check(
     plan: SamplerPlan,
     family: Family | None,
