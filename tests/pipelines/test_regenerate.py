@@ -43,6 +43,7 @@ def test_regenerate_makes_the_same_bytes_alone_as_in_a_batch(generated):
         assert made.latents == "same"
         assert made.media == ("same" if row["verdict"] == "accepted" else "not stored")
         assert made.is_same
+        assert made.promise == "to the bit"
         assert made.psnr is None
         assert made.latents_difference is None
         json.dumps(made.as_dict(), allow_nan=False)
