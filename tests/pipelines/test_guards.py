@@ -80,9 +80,9 @@ def test_a_breach_ends_the_run_with_all_that_was_launched_and_the_next_one_goes_
     outcome = run(spec)
     assert outcome.status == "paused"
     assert outcome.why.startswith("guards.min_accepted: 0 of the last 8")
-    # Launched batches finish: up to six of two samples are under way.
+    # Launched batches finish: up to eight of two samples are under way, with two samplers.
     rows = len(run.rows(root, "samples"))
-    assert 8 <= rows <= 8 + 2 * 6
+    assert 8 <= rows <= 8 + 2 * 8
     run.check(root, outcome)
 
     outcome = run(run.spec(root, poor, layout={"batch_size": 2}, target={"samples": rows + 4}))
