@@ -24,6 +24,7 @@ from models.evaluations import Evaluations
 from models.families import GUIDANCE, Family, family_of
 from models.hand_off import handing_off, load_teacher
 from models.loading import GeneratorRef, Part, denoiser_of, load_pipeline, loaded_by_ranks, read_index
+from models.parallel.schedule import block_error
 from models.path import Path, check_scheduler
 from models.placement import device_of, dtype_of
 from models.plan import SamplerPlan
@@ -385,16 +386,6 @@ class Generator:
             for name in ("sigmas", "timesteps")
             if getattr(scheduler, name, None) is not None
         }
-
-
-def block_error(temporal: int, num_frames: int, frames: int, context: int) -> str | None:
-    """Why a video of so many frames is no whole number of blocks of latent frames, or None."""
-    total = (num_frames - 1) // temporal + 1
-    count = max(1, -(-(total - context) // frames))
-    if total == count * frames + context:
-        return None
-    fits = (count * frames + context - 1) * temporal + 1
-    return f"num_frames: {num_frames} frames are no whole number of sampler.dualparal's blocks; {fits} are"
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ copy of the teacher that learns all the while what the student makes, say what t
 
     dL/dx = (x_critic - x_teacher) / mean |x - x_teacher|
 
-is where the two distributions differ. Nothing of the data is read but prompts, and no path is followed, so that what a
+is where the two distributions differ. Of the data only prompts are learnt from, and no path is followed, so that what a
 student cannot follow does not blur. It wants a student that samples already, one of `trajectory`, to start from.
 """
 

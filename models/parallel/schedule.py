@@ -56,3 +56,13 @@ def stage_layers(layers: int, stages: int) -> list[range]:
     share, more = divmod(layers, stages)
     ends = [share * (stage + 1) + min(stage + 1, more) for stage in range(stages)]
     return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def block_error(temporal: int, num_frames: int, frames: int, context: int) -> str | None:
+    """Why a video of so many frames is no whole number of blocks of latent frames, or None."""
+    total = (num_frames - 1) // temporal + 1
+    count = max(1, -(-(total - context) // frames))
+    if total == count * frames + context:
+        return None
+    fits = (count * frames + context - 1) * temporal + 1
+    return f"num_frames: {num_frames} frames are no whole number of sampler.dualparal's blocks; {fits} are"
