@@ -136,7 +136,7 @@ def phases(job: Job, config: TrainerConfig, device: torch.device) -> tuple[tuple
     settings, scheduler = job.config, student_scheduler(load_scheduler(job.teacher_path), job.shift)
     if settings.method == "trajectory":
         said = settings.trajectory
-        loss = Trajectory(said.weight, said.own, said.distance, said.huber)
+        loss = Trajectory(said.weight, said.distance, said.huber)
         return (Phase("trajectory", settings.steps, loss),), None
     if settings.method == "distribution":
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32

@@ -38,12 +38,6 @@ class TrajectorySection(Section):
         description="What is measured: uniform, velocities; state, the states that they lead to; signal, these over their "
         "share of the clean latent.",
     )
-    own: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Share of samples that start from the student's own state instead of the teacher's.",
-    )
     places: tuple[int, ...] | None = Field(
         None, min_length=2, description="States to step between; left out, num_inference_steps or else all kept ones."
     )

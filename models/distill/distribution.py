@@ -1,13 +1,17 @@
 """Distribution matching: the student's samples are drawn to where its teacher finds more of them than it makes itself.
 
-DMD2 (arXiv 2405.14867), as CausVid (2412.07772) and Self-Forcing (2506.08009) use it for flows. A student takes steps of its
-own from fresh noise; x, what it then takes for the clean latent, is noised again. There the teacher, guided, and a critic, a
-copy of the teacher that learns all the while what the student makes, say what the clean latent is, and
+DMD2 (arXiv 2405.14867), as CausVid (2412.07772) and Self-Forcing (2506.08009) use it for flows. A student takes all of its
+steps from fresh noise to a sample x, which is noised again. There the teacher, guided, and a critic, a copy of the teacher that
+learns all the while what the student makes, say what the clean latent is, and
 
     dL/dx = (x_critic - x_teacher) / mean |x - x_teacher|
 
-is where the two distributions differ. Of the data only prompts are learnt from, and no path is followed, so that what a
-student cannot follow does not blur. It wants a student that samples already, one of `trajectory`, to start from.
+is where the two distributions differ. These papers make x with the step that they train, from wherever its noise was drawn, and
+so ask each step for a whole sample. Here the gradient goes back through all steps (as DRaFT's of a reward does, 2309.17400), and
+asks of each what it does for the sample at the end: a step near pure noise need not end there.
+
+Of the data only prompts are learnt from, and no path is followed, so that what a student cannot follow does not blur. It wants a
+student that samples already, one of `trajectory`, to start from.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.distill.student import Batch, Student, evenly, over, reached
+from models.distill.student import Batch, Student, evenly, over
 
 LEVELS = 0.02, 0.98
 """Least and most noise that samples are compared at."""
@@ -74,11 +78,9 @@ class Distribution:
 
     def __call__(self, student: Student, batch: Batch, rng: np.random.Generator) -> torch.Tensor:
         prompts, like = batch.prompt_embeds, batch.noise
-        sigmas, timesteps = (torch.tensor(values, device=like.device) for values in (self.sigmas, self.timesteps))
-        steps = len(sigmas) - 1
-        at = torch.from_numpy((evenly(rng, len(like)) * steps).astype(np.int64).clip(0, steps - 1)).to(like.device)
-        here = reached(student, _normal(rng, like), prompts, sigmas, timesteps, at)
-        clean = here - over(sigmas[at], here) * student(here, timesteps[at], prompts)
+        clean = _normal(rng, like)
+        for here, there, timestep in zip(self.sigmas, self.sigmas[1:], self.timesteps, strict=False):
+            clean = clean + (there - here) * student(clean, like.new_full((len(like),), timestep), prompts)
         with torch.no_grad():
             made = clean.detach()
             noised, _, levels = noise_again(made, self.shift, rng)

@@ -79,27 +79,6 @@ class Denoiser(nn.Module):
         return velocity.float()
 
 
-@torch.no_grad()
-def reached(
-    student: Student,
-    noise: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    sigmas: torch.Tensor,
-    timesteps: torch.Tensor,
-    steps: torch.Tensor,
-) -> torch.Tensor:
-    """[B, *latent_shape]: where the student is after `steps` [B] Euler steps of its own from noise, each sample as many as it
-    is told. Every rank asks the student equally often, as ZeRO-3 needs."""
-    here = noise.clone()
-    for step in range(len(sigmas) - 2):
-        rows = torch.nonzero(steps > step).flatten()
-        rows = rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=steps.device)
-        velocity = student(here[rows], timesteps[step].expand(len(rows)), prompt_embeds[rows])
-        there = here[rows] + (sigmas[step + 1] - sigmas[step]) * velocity
-        here[rows] = torch.where(over(steps[rows] > step, there) > 0, there, here[rows])
-    return here
-
-
 def evenly(rng: np.random.Generator, count: int) -> np.ndarray:
     """[count] in 0..1, uniform each and spread evenly over the batch, in random order."""
     return rng.permutation((rng.random() + np.arange(count)) / count)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from models.distill.distance import HUBER, Distance, distances
-from models.distill.student import Batch, Student, evenly, over, reached
+from models.distill.student import Batch, Student, evenly, over
 
 Weight = Literal["uniform", "state", "signal"]
 
@@ -26,13 +26,9 @@ class Trajectory:
     counts as far as its step goes, |s_{i+1} - s_i|; `signal` the same over 1 - s_{i+1}, the share of the clean latent in
     that state: what a difference comes to at the end, if nothing mends it. Early states are nearly noise, so that a small
     difference there is a large one of the clip.
-
-    `own` is the share of samples that start from the state which the student itself has reached from their noise, and aim
-    at the teacher's next one all the same: it learns to come back to the path.
     """
 
     weight: Weight = "uniform"
-    own: float = 0.0
     distance: Distance = "squared"
     huber: float = HUBER
 
@@ -41,10 +37,6 @@ class Trajectory:
         rows, steps = torch.arange(len(states)), len(sigmas) - 1
         at = torch.from_numpy((evenly(rng, len(states)) * steps).astype(np.int64).clip(0, steps - 1))
         here, step = states[rows, at], (sigmas.diff())[at]
-        if self.own:
-            own = torch.from_numpy(evenly(rng, len(states)) < self.own)
-            there = reached(student, states[:, 0], batch.prompt_embeds, sigmas, timesteps, at)
-            here = torch.where(over(own, here) > 0, there, here)
         target = (states[rows, at + 1] - here) / over(step, here)
         difference = student(here, timesteps[at], batch.prompt_embeds) - target
         if self.weight != "uniform":

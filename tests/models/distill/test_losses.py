@@ -102,22 +102,6 @@ def test_trajectory_asks_for_the_velocity_that_reaches_the_next_state() -> None:
     assert signal == pytest.approx(((2 / 0.25) ** 2 + 1) / 2 / 0.875**2)
 
 
-def test_trajectory_from_the_students_own_state_aims_at_the_teachers_next_one() -> None:
-    path = batch(4.0, 1.0, [4.0, 2.0, 1.0], (1.0, 0.75, 0.0))
-    # A student of velocity 4 is at 3 after its first step, where the teacher is at 2: from there it would take 8/3.
-    own = Trajectory(own=1.0)(constant(4.0), path, rng()).item()
-    assert own == pytest.approx(((8 - 4) ** 2 + (8 / 3 - 4) ** 2) / 2)
-    asked: list[int] = []
-
-    def student(latents: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        assert torch.is_grad_enabled() == bool(asked)
-        asked.append(len(latents))
-        return torch.full_like(latents, 4.0)
-
-    Trajectory(own=0.5)(student, path, rng())
-    assert asked == [4, 8]
-
-
 def test_consistency_at_the_last_state_asks_for_the_end_itself() -> None:
     path = batch(4.0, 1.0, [3.0, 1.0], (0.5, 0.0))
     loss = Consistency(constant(1e6), distance="squared")  # at sigma 0 the network counts for nothing
