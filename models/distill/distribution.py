@@ -1,17 +1,17 @@
 """Distribution matching: the student's samples are drawn to where its teacher finds more of them than it makes itself.
 
 DMD2 (arXiv 2405.14867), as CausVid (2412.07772) and Self-Forcing (2506.08009) use it for flows. A student takes all of its
-steps from fresh noise to a sample x, which is noised again. There the teacher, guided, and a critic, a copy of the teacher that
-learns all the while what the student makes, say what the clean latent is, and
+steps from fresh noise to a sample x, which is noised again. There the teacher, guided, and a critic, a copy of the teacher
+that learns all the while what the student makes, say what the clean latent is, and
 
     dL/dx = (x_critic - x_teacher) / mean |x - x_teacher|
 
-is where the two distributions differ. These papers make x with the step that they train, from wherever its noise was drawn, and
-so ask each step for a whole sample. Here the gradient goes back through all steps (as DRaFT's of a reward does, 2309.17400), and
-asks of each what it does for the sample at the end: a step near pure noise need not end there.
+is where the two distributions differ. These papers train one step at a time and ask it for a whole sample, from wherever its
+noise was drawn. Here the gradient goes back through all steps (as DRaFT's of a reward does, 2309.17400): each is asked what it
+does for the sample at the end, and one near pure noise need not end there.
 
-Of the data only prompts are learnt from, and no path is followed, so that what a student cannot follow does not blur. It wants a
-student that samples already, one of `trajectory`, to start from.
+Of the data only prompts are learnt from, and no path is followed, so that what a student cannot follow does not blur. It
+wants a student that samples already, one of `trajectory`, to start from.
 """
 
 from __future__ import annotations
