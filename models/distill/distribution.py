@@ -7,8 +7,8 @@ that learns all the while what the student makes, say what the clean latent is, 
     dL/dx = (x_critic - x_teacher) / mean |x - x_teacher|
 
 is where the two distributions differ. These papers train one step at a time and ask it for a whole sample, from wherever its
-noise was drawn. Here the gradient goes back through all steps (as DRaFT's of a reward does, 2309.17400): each is asked what it
-does for the sample at the end, and one near pure noise need not end there.
+noise was drawn. Here the gradient goes back through all steps (as DRaFT does with a reward, 2309.17400): each is asked what
+it does for the sample at the end, and one near pure noise need not end there.
 
 Of the data only prompts are learnt from, and no path is followed, so that what a student cannot follow does not blur. It
 wants a student that samples already, one of `trajectory`, to start from.
