@@ -29,6 +29,8 @@ def student(tmp_path: Path) -> Path:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"solver_order": 1}))
     (folder / "ditmill.json").write_text('{"teacher": "pack://shapes"}')
+    (folder / "state" / "step-00000240").mkdir(parents=True)
+    (folder / "state" / "step-00000240" / "average-0.pt").write_bytes(b"of its training")
     return folder
 
 

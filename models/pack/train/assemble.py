@@ -22,6 +22,9 @@ from models.source import content_sha256, resolve
 
 FLOW_SHIFT = 3.0
 
+SHIPPED_BESIDE = ("model_index.json", "README.md", "ditmill.json")
+"""Of a student, beside its components."""
+
 CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -101,7 +104,10 @@ def differing(student: Path, folder: Path) -> None:
     if others or _denoiser_config(student) != _denoiser_config(teacher):
         what = ", ".join(sorted(others)) or "its transformer's configuration"
         raise UserError(f"{student}: {what} is not that of pack://shapes; give a student of it")
-    shutil.copytree(student, folder, ignore=lambda at, _: same if Path(at) == student else set())
+    for name in sorted(set(names) - same):
+        shutil.copytree(student / name, folder / name)
+    for name in SHIPPED_BESIDE:  # and not the states of its training
+        shutil.copy(student / name, folder / name)
 
 
 def _denoiser_config(folder: Path) -> dict[str, Any]:
