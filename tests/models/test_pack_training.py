@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from models.pack.grammar import Shot, abridge, sample_scenes
+from models.pack.grammar import Shot, abridge, is_held_out, sample_scenes
 from models.pack.oracle import match, read
-from models.pack.phrases import VOCABULARY, describe
+from models.pack.phrases import VOCABULARY, describe, parse
 from models.pack.train.code import CELL, CHANNELS, GROUND, NUMBERS, SCALE, coded
 from models.pack.train.denoiser import CONFIG as DENOISER
 from models.pack.train.denoiser import build_model, flow_loss
 from models.pack.train.fitted import fitted
 from models.pack.train.generated import Generated, sampled
 from models.pack.train.loop import Training, stream
+from models.pack.train.prompts import training_prompts
 from models.pack.train.text import TOKENS, WIDTH, build_encoder, build_tokenizer, embed, tokens
 from models.pack.train.vae import CONFIG as VAE
 from models.pack.train.vae import encode, to_frames, to_pixels, windows
@@ -188,3 +189,13 @@ def test_what_the_denoiser_makes_comes_back_with_the_clips_that_fit(tmp_path: Pa
     rows = [int(np.flatnonzero((latents == each).all(axis=(1, 2, 3, 4)))[0]) for each in again]
     assert set(rows) == {0, 2}
     assert np.array_equal(shown, frames[rows])
+
+
+def test_a_students_prompts_are_distinct_and_of_the_training_split() -> None:
+    prompts = training_prompts(400)
+    assert len(set(prompts)) == 400
+    scenes = [scene for scene in map(parse, prompts) if scene]
+    assert len(scenes) == 400
+    whole = [scene for scene in scenes if all(figure.motion for figure in scene.figures)]  # what is unsaid is in no trio
+    assert len(whole) > 300 and not any(map(is_held_out, whole))
+    assert 0.4 < sum(scene.kind == "two" for scene in scenes) / len(scenes) < 0.6

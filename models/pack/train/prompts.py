@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 
-from models.pack.grammar import abridge, sample_scenes
+from models.pack.grammar import Kind, abridge, sample_scenes
 from models.pack.phrases import describe
 from models.pack.train.loop import stream
 
 PLACE = 11_000_000
 """Of the random stream: no part of the pack draws from it."""
 
-KINDS = ("one", "two", "two", "cut")
+KINDS: tuple[Kind, ...] = ("one", "two", "two", "cut")
 ABRIDGED = 0.2
 SEED = 7
 
