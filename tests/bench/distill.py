@@ -4,9 +4,10 @@
     ditmill bench distill --ablation runs/of-accepted runs/of-all
 
 The student is pack://shapes-4step where none is named. The teacher's own checkpoint at as few steps stands beside it: that is
-what a student starts from. Models are run by the code of a run, without Ray, on one thread, and every arm on every batch of
-prompts in turn. Attributes are read by the oracle. Intervals are 95%: Wilson's for the share of samples, else bootstrap over
-samples, for variety over prompts; where two arms are compared, of the paired difference.
+what a student starts from. An ablation's two students stand beside the teacher alone. Models are run by the code of a run,
+without Ray, on one thread, and every arm on every batch of prompts in turn. Attributes are read by the oracle. Intervals are
+95%: Wilson's for the share of samples, else bootstrap over samples, for variety over prompts; where two arms are compared, of
+the paired difference.
 """
 
 from __future__ import annotations
@@ -93,8 +94,15 @@ def arms_of(options: argparse.Namespace) -> tuple[list[Arm], list[Arm]]:
     few, one = (SamplerPlan(num_inference_steps=steps, guidance_scale=1.0) for steps in (options.few, 1))
     guided = SamplerPlan(num_inference_steps=options.few, guidance_scale=options.guidance)
     whole = SamplerPlan(num_inference_steps=options.steps, guidance_scale=options.guidance)
+    guiding = Arm(f"teacher, {options.steps} steps, guided", teacher, whole)
+    if options.ablation:
+        names = ("trained on accepted", "trained on all")
+        return [guiding], [
+            Arm(f"{name}, {options.few} steps", GeneratorRef(resolve(path, "generator")), few)
+            for name, path in zip(names, options.ablation, strict=True)
+        ]
     arms = [
-        Arm(f"teacher, {options.steps} steps, guided", teacher, whole),
+        guiding,
         Arm(f"untrained, {options.few} steps, guided", teacher, guided),
         Arm(f"untrained, {options.few} steps", teacher, few),
     ]
@@ -110,12 +118,7 @@ def arms_of(options: argparse.Namespace) -> tuple[list[Arm], list[Arm]]:
         ]
     if single := options.one_step or student:
         arms.append(Arm("student, 1 step", GeneratorRef(resolve(single, "generator")), one, ONE))
-    names = ("trained on accepted", "trained on all")
-    ablation = [
-        Arm(f"{name}, {options.few} steps", GeneratorRef(resolve(str(path), "generator")), few)
-        for name, path in zip(names, options.ablation or (), strict=False)
-    ]
-    return arms, ablation
+    return arms, []
 
 
 def save_sheet(arms: list[Arm], asked: Asked, path: Path) -> None:

@@ -196,6 +196,8 @@ def test_a_students_prompts_are_distinct_and_of_the_training_split() -> None:
     assert len(set(prompts)) == 400
     scenes = [scene for scene in map(parse, prompts) if scene]
     assert len(scenes) == 400
-    whole = [scene for scene in scenes if all(figure.motion for figure in scene.figures)]  # what is unsaid is in no trio
+    whole = [
+        scene for scene in scenes if all(figure.motion for figure in scene.figures)
+    ]  # what is unsaid is in no trio
     assert len(whole) > 300 and not any(map(is_held_out, whole))
     assert 0.4 < sum(scene.kind == "two" for scene in scenes) / len(scenes) < 0.6
