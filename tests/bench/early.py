@@ -102,12 +102,10 @@ def main() -> None:
         print(json.dumps([figure.as_dict() for figure in figures]))
         return
     at = f"looked at after step {whole.step} of {options.steps}"
-    print(
-        f"pack://shapes, {options.samples} samples, shift {options.shift:g}, {at}; half of them calibrate: seed {options.seed}"
-    )
+    print(f"pack://shapes, {options.samples} samples, shift {options.shift:g}, {at}; half of them calibrate")
     if len(good) < least_for(options.loss):
         print(
-            f"{len(good)} good samples cannot hold a loss of {options.loss:.2%}, but {loss:.2%}; {least_for(options.loss)} could"
+            f"{len(good)} good samples hold a loss of {loss:.2%} at best; {least_for(options.loss)} hold {options.loss:.2%}"
         )
     print(table(figures))
 
