@@ -171,6 +171,7 @@ class _Batch:
         self.early, self.scheduler, self.count, self.decode, self.evaluated = early, scheduler, rows, decode, evaluated
         self.kept: Tensor | None = None
         self.looked, self._step = False, 0
+        self._shape: tuple[int, ...] = ()
 
     def stepping(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """`step` of the scheduler, with a look at the estimate when it is time."""
@@ -192,18 +193,15 @@ class _Batch:
         """`forward` of a denoiser, asked for the kept rows alone. Of the others its answer is zero."""
         import torch
 
-        shape: tuple[int, ...] = ()
-
         def ask(*args: Any, **kwargs: Any) -> Any:
-            nonlocal shape
             if self.kept is None:
                 made = forward(*args, **kwargs)
-                shape = tuple(made[0].shape[1:])
+                self._shape = tuple(made[0].shape[1:])
                 return made
             first: Tensor = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
             branches = range(len(first) // self.count)  # of guidance, one after the other in one batch
             rows = torch.cat([self.kept + self.count * branch for branch in branches])
-            whole = first.new_zeros(len(first), *shape)
+            whole = first.new_zeros(len(first), *self._shape)
             if len(rows) == 0:
                 return (whole,)
             made = forward(

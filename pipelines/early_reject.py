@@ -20,7 +20,7 @@ def early_reject(spec: Spec, rubric: Rubric, judge: ViewerRef | None, screen: Vi
     asked = spec.sampler.early_reject
     if asked is None:
         return None
-    known = {question.name for question in rubric.questions}
+    known = [question.name for question in rubric.questions]
     if unknown := [name for name in asked.questions if name not in known]:
         raise UserError(
             f"{KEY}.questions: rubric {rubric.name} has no question {unknown[0]}; it has {', '.join(known)}"

@@ -17,6 +17,7 @@ from models.estimate import clean_estimate, noise_levels
 from models.families import FAMILIES, Family, family_of
 from models.generator import Generator, GeneratorRef
 from models.loading import GeneratorRef as Ref
+from models.loading import TeacherRef
 from models.noise import noise_key, standard_normal
 from models.parallel.degrees import Degrees
 from models.path import Path as States
@@ -135,6 +136,20 @@ def test_states_of_a_path_are_those_of_the_whole_for_what_goes_on(wan: Generator
     wan.sample(conditions, noise, PLAN, *VIDEO, 8.0, part, None, looked_at()[0])
     assert part.states.shape == whole.states.shape
     np.testing.assert_allclose(part.states[GOES_ON], whole.states[GOES_ON], atol=1e-4, rtol=0)
+
+
+def test_a_student_takes_over_a_batch_of_which_its_teacher_lost_some(wan: Generator) -> None:
+    """It is asked for the first time after the look."""
+    teacher = TeacherRef(wan.ref.path, "teacher", "0" * 64, steps=2, guidance_scale=3.0)
+    handed = Generator(replace(wan.ref, teacher=teacher))
+    conditions, noise = given(wan, VIDEO)
+    plan = replace(PLAN, guidance_scale=1.0)
+    whole, _ = handed.sample(conditions, noise, plan, *VIDEO, 8.0)
+    part, _ = handed.sample(conditions, noise, plan, *VIDEO, 8.0, early=(early := looked_at()[0]))
+    assert early.evaluations.tolist() == [4, 0, 4, 0]
+    np.testing.assert_allclose(part[GOES_ON], whole[GOES_ON], atol=1e-4, rtol=0)
+    none, _ = handed.sample(conditions, noise, plan, *VIDEO, 8.0, early=looked_at(2.0)[0])
+    assert none.shape == whole.shape
 
 
 def test_a_generator_is_as_before_after_a_look(wan: Generator) -> None:
