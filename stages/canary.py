@@ -43,7 +43,7 @@ def made_of(batch: Batch) -> tuple[str, np.ndarray] | None:
 
 
 def _shortened(stage: Any) -> Stage:
-    """The stage with few steps and no look, if it samples; by all ranks, if it is a group's; with its model, if that is delivered."""
+    """The stage with few steps and no look, if it samples; by all of a group; with its model, if that is delivered."""
     if hasattr(stage, "stage"):
         return replace(stage, stage=_shortened(stage.stage))
     if stage.name != "sample":
