@@ -11,7 +11,7 @@ from models.multimodal import MultimodalRef
 from models.viewer import ViewerRef
 from pipelines.spec import Spec
 from pipelines.viewer_refs import version_of
-from stages.early import EarlyReject
+from stages.early import NAME, EarlyReject
 from stages.rubric import Rubric
 
 
@@ -27,6 +27,8 @@ def early_reject(spec: Spec, rubric: Rubric, judge: ViewerRef | None, screen: Vi
         )
     tiers = ((spec.judge.screen, screen), (spec.judge, judge))
     section, model = next(((tier, ref) for tier, ref in tiers if tier and isinstance(ref, MultimodalRef)), (None, None))
+    if NAME in (*known, *spec.judge.thresholds):
+        raise UserError(f"{KEY}: its score is named {NAME}, and so is one of the judge; rename that")
     if asked.call is not None:
         model = None
     elif section is None or model is None:

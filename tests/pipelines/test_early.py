@@ -17,10 +17,12 @@ from infra.errors import UserError
 from infra.schema import SAMPLES
 from infra.storage import Storage
 from infra.tables import Table
+from pipelines.answers import Answers
 from pipelines.commits import Commits, Retry, failures
 from pipelines.differences import difference
 from pipelines.early import EarlyGate, Measured, at_most, by_loss, early_told, find, least_for, measured
 from pipelines.enumeration import Batches, Enumeration
+from pipelines.ranking import quality
 from pipelines.recipes import RECIPES
 from pipelines.regenerate import regenerate
 from pipelines.report import funnel_steps
@@ -129,6 +131,15 @@ def test_the_screen_is_asked_before_the_judge(generated: Callable[..., Resolved]
     assert [question.name for question in run.early.rubric.questions] == ["prompt_match"]
     alone = generated(sampler={"early_reject": {"questions": ["no_artefacts"]}})
     assert alone.early is not None and [each.name for each in alone.early.rubric.questions] == ["no_artefacts"]
+
+
+def test_the_early_score_is_none_of_the_judges_answers(generated: Callable[..., Resolved]) -> None:
+    run = generated(sampler={"early_reject": EARLY})
+    (row, *_) = Table(run.storage, "samples").read().to_pylist()
+    answered = Answers(run).of(row)
+    looked_at = row | {"scores": [{"name": "early", "value": 0.5}, *row["scores"]]}
+    assert answered and Answers(run).of(looked_at) == answered
+    assert quality(looked_at["scores"], {}) == quality(row["scores"], {})
 
 
 # ---- the threshold of a dataset
