@@ -54,16 +54,17 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Made:
-    """Early scores, P(yes) of the finished clips, what the oracle says of them, and which were stopped, each [n]; latents [n,
-    ...]; rows that went through the denoiser's blocks; CPU-seconds of sampling, looks included."""
+    """P(yes) of the finished clips, what the oracle says of them, and which were stopped, each [n]; latents [n, ...]; rows
+    that went through the denoiser's blocks; CPU-seconds of sampling. Where samples were looked at: their early scores [n],
+    and after which step."""
 
-    early: np.ndarray
     final: np.ndarray
     right: np.ndarray
     stopped: np.ndarray
     latents: np.ndarray
     rows: int
     seconds: float
+    early: np.ndarray
     step: int
 
 
@@ -79,15 +80,11 @@ def main() -> None:
     plan = SamplerPlan(
         num_inference_steps=options.steps, guidance_scale=PACK_GUIDANCE, max_sequence_length=48, shift=options.shift
     )
-    look = EarlyReject(
-        options.at, options.frames, "bench", load_rubric("default").only([QUESTION]), judge, num_frames=SHOWN
-    )
-    look = replace(look, hold_out=0.0)
+    questions = load_rubric("default").only([QUESTION])
+    look = EarlyReject(options.at, options.frames, "bench", questions, judge, num_frames=SHOWN, hold_out=0.0)
     asked = prompts(options.samples, options.seed, "all")
     first, second = _part(asked, 0), _part(asked, 1)
-    _make(
-        ref, judge, replace(plan, num_inference_steps=4), _part(asked, 0, 2), look, -math.inf
-    )  # everything has run once
+    _make(ref, judge, replace(plan, num_inference_steps=4), _part(asked, 0, 2), None, -math.inf)  # all have run once
     calibrating = _make(ref, judge, plan, first, look, -math.inf)
     bar = float(np.quantile(calibrating.final, options.reject))
     good = calibrating.early[calibrating.final >= bar]
@@ -95,13 +92,13 @@ def main() -> None:
     found = by_loss(good, loss)
     assert found is not None
     _say(f"bar {bar:.3f}; threshold {found[0]:.4f} of {len(good)} good samples for a loss of {loss:.2%}")
-    whole = _make(ref, judge, plan, second, look, -math.inf)
+    whole = _make(ref, judge, plan, second, None, -math.inf)
     part = _make(ref, judge, plan, second, look, found[0])
     figures = list(_figures(whole, part, bar, loss, options))
     if options.json:
         print(json.dumps([figure.as_dict() for figure in figures]))
         return
-    at = f"looked at after step {whole.step} of {options.steps}"
+    at = f"looked at after step {part.step} of {options.steps}"
     print(f"pack://shapes, {options.samples} samples, shift {options.shift:g}, {at}; half of them calibrate")
     if len(good) < least_for(options.loss):
         print(
@@ -113,23 +110,23 @@ def main() -> None:
 def _figures(whole: Made, part: Made, bar: float, loss: float, options: argparse.Namespace) -> Iterator[Figure]:
     good, count = whole.final >= bar, len(whole.final)
     on = ~part.stopped
-    left = 1 - whole.step / options.steps
+    left = 1 - part.step / options.steps
     yield share("samples", "right by the oracle, all finished", int(whole.right.sum()), count)
     yield share("samples", "rejected, all finished", int((~good).sum()), count)
-    yield resampled("look", "AUROC of the early score", auroc, whole.early, good)
+    yield resampled("look", "AUROC of the early score", auroc, part.early, good)
     yield share("look", "stopped, of those rejected", int((part.stopped & ~good).sum()), int((~good).sum()))
     low, high = bootstrap(lambda each: 100 * left * float(each.mean()), part.stopped.astype(float))
     yield Figure("saved", "of denoiser work, by samples", 100 * left * part.stopped.mean(), count, low, high, "%")
     saved = 100 * (1 - part.rows / whole.rows)
     yield Figure("saved", "of denoiser work, padding included", saved, count, unit="%", target=SAVED)
     seconds = 100 * (1 - part.seconds / whole.seconds)
-    yield Figure("saved", "of sampling's CPU-seconds, both with looks", seconds, count, unit="%")
+    yield Figure("saved", "of sampling's CPU-seconds, looks paid", seconds, count, unit="%")
     lost, total = int((part.stopped & good).sum()), int(good.sum())
     low, high = wilson(lost, total)
     yield Figure("lost", "of good samples", 100 * lost / total, total, 100 * low, 100 * high, "%", LOST, "at most")
     yield Figure("lost", "most that the threshold is to lose", 100 * loss, unit="%")
     right = int((part.stopped & whole.right).sum())
-    yield share("lost", "of samples that are right by the oracle", right, int(whole.right.sum()))
+    yield share("lost", "right by the oracle, of those stopped", right, int(part.stopped.sum()))
     apart = float(np.abs(whole.latents[on] - part.latents[on]).max()) if on.any() else None
     yield Figure("the others", "largest difference of a latent", apart, int(on.sum()))
     yield Figure(
@@ -138,7 +135,7 @@ def _figures(whole: Made, part: Made, bar: float, loss: float, options: argparse
 
 
 def _make(
-    ref: GeneratorRef, judge: MultimodalRef, plan: SamplerPlan, asked: Asked, look: EarlyReject, below: float
+    ref: GeneratorRef, judge: MultimodalRef, plan: SamplerPlan, asked: Asked, look: EarlyReject | None, below: float
 ) -> Made:
     seconds: dict[str, list[float]] = {}
     made, clips = [], []
@@ -151,21 +148,20 @@ def _make(
     texts = [[question.format(prompt, asked.num_frames)] for prompt in asked.prompts]
     model = load_multimodal(judge)
     final = [model.p_yes(shown[at : at + BATCH], texts[at : at + BATCH])[:, 0] for at in range(0, len(shown), BATCH)]
-    scores = [
-        {each["name"]: each["value"] for each in row}[NAME] for batch in made for row in load_json(batch["scores"])
-    ]
+    scored = [load_json(batch["scores"]) for batch in made if look]
+    scores = [each["value"] for rows_of in scored for row in rows_of for each in row if each["name"] == NAME]
     right = [
         marks(clip, prompt)[QUESTION] > 0 for clip, prompt in zip(np.concatenate(clips), asked.prompts, strict=True)
     ]
     return Made(
-        np.array(scores),
         np.concatenate(final),
         np.array(right),
         np.concatenate([batch["error_type"] != "" for batch in made]),
         np.concatenate([batch["latents"] for batch in made]),
         sum(rows),
         BATCH * sum(seconds["sample"]),
-        json.loads(made[0][NAME][0])["step"],
+        np.array(scores),
+        json.loads(made[0][NAME][0])["step"] if look else 0,
     )
 
 
