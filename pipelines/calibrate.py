@@ -35,8 +35,9 @@ STEPS = 2
 
 @dataclass(frozen=True)
 class Look:
-    """What early rejection costs. `seconds` of a sample's look are part of its sampling, `rest` are those of the steps after
-    it; `nbytes` is the model that each sampling actor holds beside the generator.
+    """What early rejection costs. `seconds` of a sample's look are part of its sampling, `rest` are those that a stopped one
+    is spared: of the steps after it, of decoding and judging. `nbytes` is the model that each sampling actor holds beside
+    the generator.
     """
 
     seconds: float
@@ -46,11 +47,11 @@ class Look:
     nbytes: int
 
     def __str__(self) -> str:
-        pays = f"pays where more than {self.seconds / self.rest:.0%} of the samples are stopped" if self.rest else ""
+        pays = f"pays where more than {self.seconds / self.rest:.0%} of the samples are stopped"
         return (
-            f"early rejection: a look after step {self.step} of {self.steps} takes {self.seconds:.3g} s a sample, the steps"
-            f" after it {self.rest:.3g} s: {pays}; each sampling actor also holds {self.nbytes / 1e6:.0f} MB of the model"
-            " that looks"
+            f"early rejection: a look after step {self.step} of {self.steps} takes {self.seconds:.3g} s a sample, one that is"
+            f" stopped is spared {self.rest:.3g} s: {pays}; each sampling actor also holds {self.nbytes / 1e6:.0f} MB of the"
+            " model that looks"
         )
 
 
@@ -90,7 +91,7 @@ def calibrate(run: Resolved) -> Calibration | None:
     load = 0.0
     nfe = 0
     kinds: dict[str, float] = {}
-    look = None
+    looked: Batch = {}
     with tempfile.TemporaryDirectory(prefix="ditmill-calibrate-") as folder:
         recipe = RECIPES[run.spec.recipe]
         # By one process, whatever the layout: what it takes is about what the ranks of a group take together.
@@ -112,8 +113,8 @@ def calibrate(run: Resolved) -> Calibration | None:
                 scale = run.plan.num_inference_steps / short.num_inference_steps
                 seconds["sample"] *= scale
                 nfe = round(int(np.max(batch.get("nfe", np.zeros(1)))) * scale)
-                if run.early is not None and NAME in batch:
-                    look = _look(run.early, batch, seconds["sample"] / len(rows), run.plan.num_inference_steps)
+                looked = {name: batch[name] for name in (NAME, SECONDS) if name in batch}
+        look = None if run.early is None or not looked else _look(run.early, looked, seconds, short.num_inference_steps)
         result = json.loads(batch["result"][0])
         kinds["media"] = _media_bytes(trial.storage, result)
     count = result["accepted"] + result["rejected"]
@@ -121,13 +122,14 @@ def calibrate(run: Resolved) -> Calibration | None:
     return Calibration(len(rows), seconds, load, nfe, nbytes, kinds, look)
 
 
-def _look(early: EarlyReject, batch: Batch, sampling: float, steps: int) -> Look:
-    """Of a batch that was sampled in so many seconds each, the look among them."""
+def _look(early: EarlyReject, batch: Batch, stages: dict[str, float], steps: int) -> Look:
+    """Of a batch that each of the stages took so many seconds for, the look among those of sampling."""
     step, seconds = json.loads(batch[NAME][0])["step"], float(batch[SECONDS][0])
+    count = len(batch[SECONDS])
+    after = sum(stages.get(name, 0.0) for name in ("decode", "score", "screen", "judge")) / count
+    rest = (stages["sample"] / count - seconds) * (1 - step / steps) + after
     held = Path(early.model.path).rglob("*.safetensors") if isinstance(early.model, MultimodalRef) else ()
-    return Look(
-        seconds, (sampling - seconds) * (1 - step / steps), step, steps, sum(file.stat().st_size for file in held)
-    )
+    return Look(seconds, rest, step, steps, sum(file.stat().st_size for file in held))
 
 
 def _media_bytes(storage: Storage, result: dict[str, Any]) -> float:

@@ -18,6 +18,7 @@ from infra.schema import SAMPLES
 from infra.storage import Storage
 from infra.tables import Table
 from pipelines.answers import Answers
+from pipelines.calibrate import calibrate
 from pipelines.commits import Commits, Retry, failures
 from pipelines.differences import difference
 from pipelines.early import EarlyGate, Measured, at_most, by_loss, early_told, find, least_for, measured
@@ -284,3 +285,15 @@ def test_a_trajectory_recipe_keeps_states_of_what_is_finished(tmp_path: Path) ->
     (result,) = go(run, below=0.5)
     assert (result["accepted"], result["rejected"], result["failed"]) == (2, 2, 0)
     assert list(verify(run.storage)) == []
+
+
+def test_a_plan_says_what_a_look_costs_and_when_it_pays(tmp_path: Path) -> None:
+    found = calibrate(spec_of(tmp_path / "dataset"))
+    assert found is not None and found.look is not None
+    look = found.look
+    assert (look.step, look.steps, look.nbytes) == (2, 3, 0)
+    assert 0 < look.seconds < found.stage_seconds["sample"] / found.samples
+    seconds = {name: taken / found.samples for name, taken in found.stage_seconds.items()}
+    assert look.rest == pytest.approx((seconds["sample"] - look.seconds) / 3 + seconds["decode"] + seconds["score"])
+    assert f"pays where more than {look.seconds / look.rest:.0%} of the samples are stopped" in str(look)
+    assert calibrate(spec_of(tmp_path / "plain", sampler={"num_inference_steps": 3})).look is None  # type: ignore[union-attr]
