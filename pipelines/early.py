@@ -1,13 +1,8 @@
 """Samples not worth finishing: by what they are scored, from when on, and what that loses.
 
-The first samples of a dataset go to their end, with the score that they had part-way. Of those that were accepted, n of them,
-the (k + 1)-th lowest score is the threshold, with the largest k for which k losses in n speak for a share of at most `loss`:
-
-    B(95%; k + 1, n - k) <= loss        B: quantile of the beta distribution
-
-That is the one-sided bound of Clopper and Pearson (1934), and as k depends on n alone also a tolerance limit (Wilks 1941):
-whatever the scores' distribution, in 95% of all datasets no more than `loss` of the good samples to come score lower. From
-then on every batch carries the threshold. A share of what would be stopped goes on, and measures what is lost.
+The first samples of a dataset go to their end, with the score that they had part-way. Those of them that were accepted say
+below which score a sample is stopped (see `pipelines.operating_point.by_loss`). From then on every batch carries that
+threshold. A share of what would be stopped goes on, and measures what is lost.
 """
 
 from __future__ import annotations
@@ -26,11 +21,11 @@ from infra.tables import Table
 from infra.telemetry import log
 from models.early import KEY
 from pipelines.decisions import in_commit_order
+from pipelines.operating_point import CONFIDENCE, at_most, by_loss, least_for
 from pipelines.resolve import Resolved
 from stages.batch import STOPPED, Batch
 from stages.early import BELOW, NAME
 
-CONFIDENCE = 0.95
 _HELD_OUT = '"held_out": true'
 
 
@@ -75,32 +70,6 @@ class Measured:
         if self.lost is None:
             return said
         return f"{said}: {self.lost[0]:.2%} of the good samples lost, at most {self.lost[1]:.2%} ({CONFIDENCE:.0%})"
-
-
-def at_most(events: int, trials: int) -> float:
-    """The one-sided bound of a share of which so many events were seen."""
-    from scipy.stats import beta
-
-    return 1.0 if events >= trials else float(beta.ppf(CONFIDENCE, events + 1, trials - events))
-
-
-def least_for(loss: float) -> int:
-    """Good samples that there must be for any threshold to hold `loss`."""
-    return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-loss))
-
-
-def by_loss(scores: np.ndarray, loss: float) -> tuple[float, int] | None:
-    """The threshold that loses at most `loss` of good samples, and how many of these it loses; None where they are too few.
-
-    `scores` float64 [n] of good samples. What scores the threshold itself is not lost.
-    """
-    lost = -1
-    while lost + 1 < len(scores) and at_most(lost + 1, len(scores)) <= loss:
-        lost += 1
-    if lost < 0:
-        return None
-    threshold = float(np.sort(scores)[lost])
-    return threshold, int((scores < threshold).sum())
 
 
 class EarlyGate:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from models.accelerate.registry import conflict, filled
 from models.accelerate.settings import SettingError
+from pipelines.operating_point import least_for
 from pipelines.sections import Section
 
 
@@ -80,7 +80,7 @@ class EarlyReject(Section):
             raise ValueError("call needs a version")
         if self.call is not None and self.questions:
             raise ValueError("questions are asked of a model, and call is code of your own; remove one of the two")
-        least = math.ceil(math.log(0.05) / math.log1p(-self.loss))
+        least = least_for(self.loss)
         if self.calibration is not None and self.calibration < least:
             raise SettingError(
                 "calibration", f"expected at least {least}, which loss: {self.loss:g} needs, found {self.calibration}"

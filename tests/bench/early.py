@@ -36,7 +36,7 @@ from models.pack.train.intervals import bootstrap, wilson
 from models.pack.train.judge_exam import auroc
 from models.plan import SamplerPlan
 from models.source import resolve
-from pipelines.early import CONFIDENCE, by_loss, least_for
+from pipelines.operating_point import CONFIDENCE, by_loss, least_for
 from pipelines.sections import PACK_GUIDANCE
 from stages.batch import load_json
 from stages.early import NAME, EarlyReject

@@ -21,8 +21,9 @@ from pipelines.answers import Answers
 from pipelines.calibrate import calibrate
 from pipelines.commits import Commits, Retry, failures
 from pipelines.differences import difference
-from pipelines.early import EarlyGate, Measured, at_most, by_loss, early_told, find, least_for, measured
+from pipelines.early import EarlyGate, Measured, early_told, find, measured
 from pipelines.enumeration import Batches, Enumeration
+from pipelines.operating_point import at_most, by_loss, least_for
 from pipelines.ranking import quality
 from pipelines.recipes import RECIPES
 from pipelines.regenerate import regenerate
