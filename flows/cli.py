@@ -80,7 +80,7 @@ def make(
     from pipelines.starter import spec_for
 
     spec = spec_for(prompt, number, model=model, uri=out, overrides=overrides or [])
-    _run(spec, as_json=as_json, retry_failed=False)
+    _run(spec, as_json=as_json)
     if open_gallery and not as_json and sys.stdout.isatty() and "://" not in spec.output.uri:
         import webbrowser
 
@@ -127,19 +127,20 @@ def run(
     spec_path: SpecPath,
     overrides: Overrides = None,
     retry_failed: Annotated[bool, typer.Option(help="Try samples again that failed before.")] = False,
+    retry_early: Annotated[bool, typer.Option(help="Finish samples that sampler.early_reject stopped.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Plan, run, commit and report. Running it again resumes."""
     from pipelines.spec import load_spec
 
-    _run(load_spec(spec_path, overrides), as_json=as_json, retry_failed=retry_failed)
+    _run(load_spec(spec_path, overrides), as_json=as_json, retry_failed=retry_failed, retry_early=retry_early)
 
 
-def _run(spec: Spec, as_json: bool, retry_failed: bool) -> None:
+def _run(spec: Spec, as_json: bool, retry_failed: bool = False, retry_early: bool = False) -> None:
     from flows.session import run_flow
 
     try:
-        code = run_flow(spec, as_json=as_json, retry_failed=retry_failed)
+        code = run_flow(spec, as_json=as_json, retry_failed=retry_failed, retry_early=retry_early)
     except KeyboardInterrupt:
         print("ditmill: interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None

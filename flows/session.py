@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 REAL_CHECKPOINT = "ditmill run pipelines/examples/wan-1.3b.yaml   # a real checkpoint, on one GPU"
 
 
-def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
+def run_flow(spec: Spec, as_json: bool, retry_failed: bool = False, retry_early: bool = False) -> int:
     """Run `spec` to its end; the exit code."""
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     from pipelines.differences import difference
@@ -44,7 +44,7 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
         shown.say(line)
     for line in found.lines(resolved.storage.root):
         shown.say(line)
-    if found.nothing_to_do and not (retry_failed and found.failed):
+    if found.nothing_to_do and not (retry_failed and found.failed) and not (retry_early and found.stopped):
         if as_json:
             print(json.dumps({"status": "nothing to do", "dataset": resolved.storage.root, "new": 0}))
         else:
@@ -68,7 +68,8 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool) -> int:
 
         wait_until_up()
         try:
-            synthesize(json.loads(resolved.spec.model_dump_json()), retry_failed=retry_failed)
+            plain = json.loads(resolved.spec.model_dump_json())
+            synthesize(plain, retry_failed=retry_failed, retry_early=retry_early)
         except Paused as why:
             print(f"ditmill: paused: {why}; look at the report, then run the same command to go on", file=sys.stderr)
             return 1

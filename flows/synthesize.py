@@ -23,6 +23,7 @@ from infra.errors import UserError
 from infra.ray_session import Cluster, ray_session
 from infra.storage import writing
 from infra.telemetry import log
+from pipelines.commits import Retry, retried
 from pipelines.dedup import RecordReport
 from pipelines.enumeration import Enumeration
 from pipelines.generate import Outcome, Progress, StopRequest
@@ -40,11 +41,11 @@ class Run:
     """What the tasks of one flow run share. It stays in this process: no dataclass, which Prefect would take apart."""
 
     def __init__(
-        self, resolved: Resolved, console: Console, resources: contextlib.ExitStack, retry_failed: bool
+        self, resolved: Resolved, console: Console, resources: contextlib.ExitStack, retry: tuple[Retry, ...]
     ) -> None:
         self.resolved = resolved
         self.console = console
-        self.retry_failed = retry_failed
+        self.retry = retry
         self.stop: StopRequest = console.stop
         self.enumeration: Enumeration | None = None
         self.records = RecordReport()
@@ -141,9 +142,7 @@ def generate_samples(run: Run) -> None:
 def _attempt(run: Run, show: Callable[[Progress], None]) -> Outcome:
     assert run.enumeration is not None
     with writing(run.resolved.storage.root):
-        return make_samples(
-            run.resolved, run.enumeration, run.sample_groups, run.stop, show, retry_failed=run.retry_failed
-        )
+        return make_samples(run.resolved, run.enumeration, run.sample_groups, run.stop, show, retry=run.retry)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -179,12 +178,13 @@ def publish(run: Run) -> None:
 
 
 @flow(name="synthesize", validate_parameters=False, on_crashed=[crashed])
-def synthesize(spec: dict[str, Any], retry_failed: bool = False) -> dict[str, Any]:
+def synthesize(spec: dict[str, Any], retry_failed: bool = False, retry_early: bool = False) -> dict[str, Any]:
     """Prompts to a committed, filtered, captioned dataset.
 
     Args:
         spec: a spec as plain values (see pipelines.spec.Spec).
         retry_failed: also try samples again that failed before.
+        retry_early: also finish samples that were stopped early.
 
     Returns:
         run_id, status, counts and what `verify` found.
@@ -194,7 +194,8 @@ def synthesize(spec: dict[str, Any], retry_failed: bool = False) -> dict[str, An
     """
     asked, console = Spec.model_validate(spec), current_console()
     with contextlib.ExitStack() as resources, stopping(console), telling(asked) as facts:
-        run = Run(find_thresholds(resolve_spec(this_tick(asked), new_run_id())), console, resources, retry_failed)
+        found = find_thresholds(resolve_spec(this_tick(asked), new_run_id()))
+        run = Run(found, console, resources, retried(retry_failed, retry_early))
         facts |= {"run_id": run.resolved.run_id, "tick": run.resolved.spec.schedule.tick}
         expand_prompts(run)
         generate_samples(run)

@@ -46,6 +46,25 @@ def decode(family: Family, pipe: Any, latents: np.ndarray, height: int, width: i
     return np.concatenate(parts)
 
 
+def glimpse(
+    family: Family, pipe: Any, shape: tuple[int, ...], media: tuple[int, int, int], frames: int, latents: torch.Tensor
+) -> np.ndarray:
+    """Pixels uint8 [n, t, height, width, 3] of the first `frames` latent frames of `latents` as the pipeline holds them.
+
+    `shape` is that of one sample's latents, `media` its height, width and number of frames. Decoders for video are causal:
+    first frames need no others, and are those that the whole would begin with.
+    """
+    height, width, num_frames = media
+    found = family.unpack(pipe, latents, shape).float().cpu().numpy()
+    if family.media == "video":
+        factor = family.temporal_factor(pipe)
+        whole = (num_frames - 1) // factor + 1
+        frames = min(frames, whole)
+        found = found[:, :, found.shape[2] - whole :][:, :, :frames]
+        num_frames = (frames - 1) * factor + 1
+    return decode(family, pipe, found, height, width, num_frames)
+
+
 def _decode(pipe: Any, latents: np.ndarray) -> np.ndarray:
     import torch
 

@@ -11,11 +11,11 @@ class Evaluations:
     def __init__(self, pipe: Any, teacher: Any = None) -> None:
         self.rows = 0
         found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet"))
-        self._modules = [module for module in (*found, teacher) if module is not None]
+        self.modules = [module for module in (*found, teacher) if module is not None]
 
     def __enter__(self) -> Evaluations:
         self._handles = [
-            module.register_forward_pre_hook(self._count, with_kwargs=True, prepend=True) for module in self._modules
+            module.register_forward_pre_hook(self._count, with_kwargs=True, prepend=True) for module in self.modules
         ]
         return self
 

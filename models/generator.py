@@ -20,6 +20,7 @@ from models.accelerate.registry import check as check_techniques
 from models.arguments import argument_of, step_noise
 from models.conditions import encode_texts, text_length
 from models.decoding import SCALING, decode, scaling_of
+from models.early import Early, check_early, check_look, looking
 from models.evaluations import Evaluations
 from models.families import GUIDANCE, Family, family_of
 from models.hand_off import handing_off, load_teacher
@@ -69,20 +70,22 @@ class Generator:
         """Load what `part` computes with; calling it again costs nothing."""
         self._pipe(part)
 
-    def check_plan(self, plan: SamplerPlan, with_path: bool = False) -> None:
-        """Raise a UserError that names the key where this checkpoint cannot follow the plan, or give states of its path."""
-        has_teacher = self.ref.teacher is not None
+    def check_plan(self, plan: SamplerPlan, with_path: bool = False, early_at: float | None = None) -> None:
+        """Raise a UserError that names the key where this checkpoint cannot follow the plan in that way."""
         check_techniques(
             plan,
             self.family,
             self.ref.parallel,
-            teacher=has_teacher,
+            teacher=self.ref.teacher is not None,
             compiled=self.ref.compile,
             offloaded=self.ref.offload != "none",
         )
         scheduler = self._scheduler(plan)
         if with_path:
             check_scheduler(scheduler)
+        if early_at is not None:
+            check_early(self.family, self.ref, plan)
+            check_look(scheduler, plan, early_at, self._known.sets_sigmas)
 
     def check(self, plan: SamplerPlan, height: int, width: int, num_frames: int) -> None:
         """`check_plan`, and the same for a media shape."""
@@ -137,26 +140,21 @@ class Generator:
         fps: float,
         path: Path | None = None,
         savings: Savings | None = None,
+        early: Early | None = None,
     ) -> tuple[np.ndarray, int]:
         """Latents [n, *latent_shape] float32 from noise of that shape, and denoiser evaluations for each sample.
 
         Latents are the denoiser's own, scaled as `describe` says. `path` collects states on the way, and changes no bit;
-        `savings` what techniques of the plan saved, where it has any.
+        `savings` what techniques of the plan saved, where it has any. Samples that `early` stops have latents of no meaning.
         """
         shape = (height, width, num_frames)
         self.check(plan, *shape)
         step = len(noise) if self._known.batches else 1
+        rest = (plan, shape, fps, path, savings, early)
+        parts = [slice(start, start + step) for start in range(0, len(noise), step)]
         results = [
-            self._sample(
-                {name: value[start : start + step] for name, value in conditions.items()},
-                noise[start : start + step],
-                plan,
-                shape,
-                fps,
-                path,
-                savings,
-            )
-            for start in range(0, len(noise), step)
+            self._sample({name: value[part] for name, value in conditions.items()}, noise[part], *rest)
+            for part in parts
         ]
         return np.concatenate([latents for latents, _ in results]), results[0][1]
 
@@ -284,6 +282,7 @@ class Generator:
         fps: float,
         path: Path | None,
         savings: Savings | None,
+        early: Early | None,
     ) -> tuple[np.ndarray, int]:
         import torch
 
@@ -323,9 +322,11 @@ class Generator:
             limit=self.ref.max_cache_bytes,
             savings=savings,
             has_teacher=self.ref.teacher is not None,
+            followers=None if early is None else early.followers,
         )
         counting = Evaluations(pipe, self._teacher)
-        with torch.inference_mode(), counting as evaluations, sampling, techniques as changed, handing:
+        watching = looking(early, family, pipe, noise.shape, shape, counting)
+        with torch.inference_mode(), watching, counting as evaluations, sampling, techniques as changed, handing:
             output = pipe(latents=latents, **arguments | changed)
             latents = family.unpack(pipe, output[0], noise.shape[1:])
         self._remember(plan, shape)

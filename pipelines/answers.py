@@ -6,6 +6,7 @@ from typing import Any
 
 from pipelines.decisions import read_scores
 from pipelines.resolve import Resolved
+from stages.early import NAME
 from stages.score import MEASURED
 
 SCORE = "score"
@@ -28,6 +29,9 @@ class Answers:
         if (row["judge"] or SCORE, asked(row)) != self._mine:
             return {}
         scores = row["scores"] or []
+        scores = (
+            scores[1:] if scores and scores[0]["name"] == NAME else scores
+        )  # sampling comes before what is measured
         measured = next(
             (at for at, item in enumerate(scores) if item["name"] not in MEASURED[at : at + 1]), len(scores)
         )

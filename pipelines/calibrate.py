@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from infra.storage import Storage
 from models.endpoint_client import EndpointRef
+from models.multimodal import MultimodalRef
 from models.parallel.degrees import Degrees
 from models.vllm import VllmRef
 from pipelines.enumeration import PLANNED, Planned, planned_batch
@@ -24,10 +26,33 @@ from pipelines.recipes import RECIPES
 from pipelines.records import expand_rows, unique_records
 from pipelines.resolve import Resolved
 from stages.actor import run_stage
-from stages.batch import Stage, texts
+from stages.batch import Batch, Stage, texts
+from stages.early import NAME, SECONDS, EarlyReject
 
 STEPS = 2
 """Denoising steps of the calibration batch; the plan's are extrapolated by function evaluations."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What early rejection costs. `seconds` of a sample's look are part of its sampling, `rest` are those that a stopped one
+    is spared: of the steps after it, of decoding and judging. `nbytes` is the model that each sampling actor holds beside
+    the generator.
+    """
+
+    seconds: float
+    rest: float
+    step: int
+    steps: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        pays = f"pays where more than {self.seconds / self.rest:.0%} of the samples are stopped"
+        return (
+            f"early rejection: a look after step {self.step} of {self.steps} takes {self.seconds:.3g} s a sample, one that is"
+            f" stopped is spared {self.rest:.3g} s: {pays}; each sampling actor also holds {self.nbytes / 1e6:.0f} MB of the"
+            " model that looks"
+        )
 
 
 @dataclass(frozen=True)
@@ -45,6 +70,7 @@ class Calibration:
     nbytes: float
     kinds: dict[str, float]
     """Of these bytes, what media take of a sample, and embeddings of each distinct text."""
+    look: Look | None = None
 
 
 def calibrate(run: Resolved) -> Calibration | None:
@@ -58,13 +84,14 @@ def calibrate(run: Resolved) -> Calibration | None:
         return None
     batch = planned_batch(_planned(run, rows), run.spec.seed, {})
     short = run.plan.shortened(STEPS)
-    # A teacher's steps cost more than its student's few, and techniques skip none of the first ones.
-    if run.plan.accelerate or any(ref.teacher is not None for ref in run.generators):
+    # A teacher's steps cost more than its student's few, techniques skip none of the first ones, and the look is at one.
+    if run.plan.accelerate or run.early is not None or any(ref.teacher is not None for ref in run.generators):
         short = run.plan
     seconds: dict[str, float] = {}
     load = 0.0
     nfe = 0
     kinds: dict[str, float] = {}
+    looked: Batch = {}
     with tempfile.TemporaryDirectory(prefix="ditmill-calibrate-") as folder:
         recipe = RECIPES[run.spec.recipe]
         # By one process, whatever the layout: what it takes is about what the ranks of a group take together.
@@ -86,11 +113,23 @@ def calibrate(run: Resolved) -> Calibration | None:
                 scale = run.plan.num_inference_steps / short.num_inference_steps
                 seconds["sample"] *= scale
                 nfe = round(int(np.max(batch.get("nfe", np.zeros(1)))) * scale)
+                looked = {name: batch[name] for name in (NAME, SECONDS) if name in batch}
+        look = None if run.early is None or not looked else _look(run.early, looked, seconds, short.num_inference_steps)
         result = json.loads(batch["result"][0])
         kinds["media"] = _media_bytes(trial.storage, result)
     count = result["accepted"] + result["rejected"]
     nbytes = (result["media_nbytes"] + sum(part["nbytes"] for part in result["parts"])) / max(1, count)
-    return Calibration(len(rows), seconds, load, nfe, nbytes, kinds)
+    return Calibration(len(rows), seconds, load, nfe, nbytes, kinds, look)
+
+
+def _look(early: EarlyReject, batch: Batch, stages: dict[str, float], steps: int) -> Look:
+    """Of a batch that each of the stages took so many seconds for, the look among those of sampling."""
+    step, seconds = json.loads(batch[NAME][0])["step"], float(batch[SECONDS][0])
+    count = len(batch[SECONDS])
+    after = sum(stages.get(name, 0.0) for name in ("decode", "score", "screen", "judge")) / count
+    rest = (stages["sample"] / count - seconds) * (1 - step / steps) + after
+    held = Path(early.model.path).rglob("*.safetensors") if isinstance(early.model, MultimodalRef) else ()
+    return Look(seconds, rest, step, steps, sum(file.stat().st_size for file in held))
 
 
 def _media_bytes(storage: Storage, result: dict[str, Any]) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Collection
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +17,7 @@ from infra.storage import Storage
 from infra.tables import Table
 from pipelines.idset import IdSet
 from pipelines.text_commits import TextCommits
-from stages.batch import Batch
+from stages.batch import STOPPED, Batch
 
 
 class Commits:
@@ -65,16 +66,34 @@ class Commits:
         return 0.0 if self._oldest is None else time.monotonic() - self._oldest
 
 
-def failures(storage: Storage, rows: pc.Expression | None, retry: bool) -> tuple[IdSet, dict[str, int]]:
-    """Samples that failed before, or where they are to be tried again their next attempt's number."""
+Retry = Literal["failed", "early"]
+"""Which attempts that produced nothing are made again: those that failed, or those that were stopped early."""
+
+
+def retried(failed: bool, early: bool) -> tuple[Retry, ...]:
+    kinds: dict[Retry, bool] = {"failed": failed, "early": early}
+    return tuple(kind for kind, wanted in kinds.items() if wanted)
+
+
+def failures(
+    storage: Storage, rows: pc.Expression | None, retry: Collection[Retry] = ()
+) -> tuple[IdSet, dict[str, int]]:
+    """Samples whose last attempt produced nothing, and of those that are to be tried again their next attempt's number."""
     table = Table(storage, "failures")
     if not retry:
         return IdSet(batch.column("sample_id") for batch in table.batches(["sample_id"], rows)), {}
-    attempts: dict[str, int] = {}
-    for batch in table.batches(["sample_id", "attempt"], rows):
-        for sample_id, attempt in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
-            attempts[sample_id] = max(attempts.get(sample_id, 1), attempt + 1)
-    return IdSet([]), attempts
+    last: dict[str, tuple[int, str]] = {}
+    for batch in table.batches(["sample_id", "attempt", "error_type"], rows):
+        for row in batch.to_pylist():
+            attempt = max(last.get(row["sample_id"], (0, "")), (row["attempt"], row["error_type"]))
+            last[row["sample_id"]] = attempt
+    again = {
+        sample_id: attempt + 1
+        for sample_id, (attempt, kind) in last.items()
+        if ("early" if kind == STOPPED else "failed") in retry
+    }
+    left = [sample_id for sample_id in last if sample_id not in again]
+    return IdSet([pa.array(left, pa.string())] if left else []), again
 
 
 def worker_died(storage: Storage, run_id: str, batch: Batch) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from infra.tables import Table, dataset_exists
+from pipelines.commits import failures, retried
 from pipelines.decisions import count_accepted
 from pipelines.dedup import RecordReport
 from pipelines.identity import sample_ids
@@ -40,12 +41,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Difference:
-    """What is planned against what is there. `new` counts planned samples that are neither rows nor failures."""
+    """What is planned against what is there. `new` counts planned samples that are neither rows nor failures; of these
+    `stopped` were stopped early, and `failed` are the others."""
 
     exists: bool
     planned: int
     new: int
     failed: int
+    stopped: int
     accepted: int
     rows: int
     changes: tuple[Change, ...]
@@ -68,6 +71,8 @@ class Difference:
         said = [first]
         if self.failed:
             said.append(f"{self.failed} planned samples failed before: --retry-failed tries them again")
+        if self.stopped:
+            said.append(f"{self.stopped} planned samples were stopped early: --retry-early finishes them")
         for change in self.changes:
             said.append(
                 f"changed: {change.key}: {_short(change.before)} -> {_short(change.after)}{self._effect(change)}"
@@ -87,18 +92,21 @@ def difference(run: Resolved, report: RecordReport | None = None) -> Difference:
     """Count what `run` would generate. Reads the prompts and the tables, writes nothing."""
     exists = dataset_exists(run.storage)
     rows = run.spec.schedule.rows(run.storage)
-    samples, failed_before = Table(run.storage, "samples"), Table(run.storage, "failures")
+    samples = Table(run.storage, "samples")
     done = IdSet(batch.column("sample_id") for batch in samples.batches(["sample_id"], rows))
-    failures = IdSet(batch.column("sample_id") for batch in failed_before.batches(["sample_id"], rows))
-    planned = new = failed = 0
+    tried, _ = failures(run.storage, rows)
+    early, _ = failures(run.storage, rows, retried(failed=True, early=False))
+    planned = new = failed = stopped = 0
     limit = run.spec.target.samples
     for ids in _planned_ids(run, report if report is not None else RecordReport()):
         if limit is not None:
             ids = ids[: limit - planned]
         made = done.contains(ids)
-        broken = failures.contains(ids) & ~made
+        broken = tried.contains(ids) & ~made
+        given_up = early.contains(ids) & broken
         planned += len(ids)
-        failed += int(broken.sum())
+        failed += int((broken & ~given_up).sum())
+        stopped += int(given_up.sum())
         new += int(np.count_nonzero(~(made | broken)))
         if limit is not None and planned >= limit:
             break
@@ -109,6 +117,7 @@ def difference(run: Resolved, report: RecordReport | None = None) -> Difference:
         planned=planned,
         new=new,
         failed=failed,
+        stopped=stopped,
         accepted=accepted,
         rows=len(done),
         changes=tuple(_changes(run)) if exists else (),

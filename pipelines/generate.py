@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -24,7 +24,7 @@ from infra.quarantine import hold
 from infra.storage import Storage
 from infra.tables import Table
 from infra.telemetry import log
-from pipelines.commits import Commits, failures, worker_died
+from pipelines.commits import Commits, Retry, failures, worker_died
 from pipelines.decisions import count_accepted
 from pipelines.enumeration import Batches, Enumeration
 from pipelines.feed import Feeder
@@ -54,12 +54,12 @@ class Job:
     target: Target
     budget: Budget
     commit_every: float
-    retry_failed: bool = False
+    retry: Collection[Retry] = ()
+    hand_out: Callable[[Iterator[Batch]], Iterator[Batch]] = iter  # what batches go through just before
     guards: Guards = field(default_factory=Guards)
     rows: pc.Expression | None = None
     """What tells rows that count from others; None where all of the dataset's do."""
-    name: str = ""
-    """Of the dataset, for those who watch."""
+    name: str = ""  # of the dataset, for those who watch
     with_texts: bool = False  # embeddings of texts are kept
 
 
@@ -142,7 +142,7 @@ def generate(
     samples = Table(job.storage, "samples")
     done = IdSet(batch.column("sample_id") for batch in samples.batches(["sample_id"], job.rows))
     progress.before_accepted = count_accepted(job.storage, job.rows)
-    failed, attempts = failures(job.storage, job.rows, job.retry_failed)
+    failed, attempts = failures(job.storage, job.rows, job.retry)
     progress.before_done = len(done) + len(failed)
     limit = job.target.samples
     if limit is not None:
@@ -154,7 +154,7 @@ def generate(
     batches = Batches(job.enumeration, is_done, job.batch_size, attempts, job.seed, limit)
     ledger = Ledger()
     run = _Run(job, commits, progress, ledger, stop, report)
-    first = iter(batches)
+    first = job.hand_out(iter(batches))
     if run.target_reached():
         return Outcome("reached", 0, progress, 0.0, {}, "")
     ready = next(first, None)

@@ -1,10 +1,18 @@
-"""Where to put a threshold: by a precision on labelled answers, or by the share of samples to keep.
+"""Where to put a threshold: by a precision on labelled answers, by the share of samples to keep, or of good ones to lose.
 
 For a precision the answers are calibrated on the labels, so that each threshold has an expected share of good samples among
 those that clear it: by isotonic regression (Zadrozny and Elkan 2002) where there are `ISOTONIC` labels or more, which is what
 it needs, else by a logistic curve (Platt 1999). The threshold is the lowest that reaches the precision. What is told of it is
 cross-fitted: of each fifth of the labels by the threshold that the other four give. Where that speaks against it, there is no
 such threshold: a curve promises at its ends what no sample there keeps.
+
+For a loss, the (k + 1)-th lowest score of n good samples is the threshold, with the largest k for which k losses in n speak
+for a share of at most `loss`:
+
+    B(95%; k + 1, n - k) <= loss        B: quantile of the beta distribution
+
+That is the one-sided bound of Clopper and Pearson (1934), and as k depends on n alone also a tolerance limit (Wilks 1941):
+whatever the scores' distribution, in 95% of all draws no more than `loss` of the good samples to come score lower.
 """
 
 from __future__ import annotations
@@ -18,6 +26,9 @@ ISOTONIC = 1000
 FOLDS = 5
 LEAST = 10
 """Good samples that there must be at least, and bad ones."""
+
+CONFIDENCE = 0.95
+"""Of one-sided bounds."""
 
 EDGE = 1e-6
 """Probabilities are kept this far from 0 and 1 where their logarithm is taken."""
@@ -91,6 +102,32 @@ def by_share(question: str, aim: str, scores: np.ndarray, keep: float) -> Operat
     """The threshold that the best `keep` of `scores` clear, float64 [n]; more of them where the last are equal."""
     threshold = float(np.sort(scores)[::-1][max(0, math.ceil(keep * len(scores)) - 1)])
     return OperatingPoint(question, aim, threshold, len(scores), keeps=float((scores >= threshold).mean()))
+
+
+def at_most(events: int, trials: int) -> float:
+    """The one-sided bound of a share of which so many events were seen."""
+    from scipy.stats import beta
+
+    return 1.0 if events >= trials else float(beta.ppf(CONFIDENCE, events + 1, trials - events))
+
+
+def least_for(loss: float) -> int:
+    """Good samples that there must be for any threshold to hold `loss`."""
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-loss))
+
+
+def by_loss(scores: np.ndarray, loss: float) -> tuple[float, int] | None:
+    """The threshold that loses at most `loss` of good samples, and how many of these it loses; None where they are too few.
+
+    `scores` float64 [n] of good samples. What scores the threshold itself is not lost.
+    """
+    lost = -1
+    while lost + 1 < len(scores) and at_most(lost + 1, len(scores)) <= loss:
+        lost += 1
+    if lost < 0:
+        return None
+    threshold = float(np.sort(scores)[lost])
+    return threshold, int((scores < threshold).sum())
 
 
 def _lowest(scores: np.ndarray, good: np.ndarray, precision: float) -> float | None:

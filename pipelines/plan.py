@@ -19,7 +19,7 @@ from models.generator import load_generator
 from models.licences import Licence
 from models.source import is_here
 from pipelines import calibrate as calibration
-from pipelines.calibrate import Calibration
+from pipelines.calibrate import Calibration, Look
 from pipelines.dedup import RecordReport
 from pipelines.differences import Difference, difference
 from pipelines.placement import Group
@@ -46,6 +46,7 @@ class Estimate:
     nfe: int
     nfe_each: int
     stage_seconds: dict[str, float]
+    look: Look | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ def render(plan: PlanReport, name: str) -> str:
         )
         each = ", ".join(f"{stage} {seconds:.3g}" for stage, seconds in found.stage_seconds.items())
         lines.append(f"    seconds a sample: {each}")
+        if found.look is not None:
+            lines.append(f"    {found.look}")
     if plan.nbytes:
         lines.append(f"  {in_words(plan.nbytes)}")
     for model, licence in plan.licences.items():
@@ -241,7 +244,7 @@ def _estimate(new: int, batch_size: int, groups: tuple[Group, ...], measured: Ca
     seconds = START_SECONDS + measured.load_seconds + busiest
     # Every actor is held for the whole run, busy or not.
     held = sum(group.actors * group.accelerators for group in groups) * (measured.load_seconds + busiest)
-    return Estimate(seconds, held, measured.nbytes * new, measured.nfe * new, measured.nfe, per_sample)
+    return Estimate(seconds, held, measured.nbytes * new, measured.nfe * new, measured.nfe, per_sample, measured.look)
 
 
 def _duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ from infra.tables import Table
 from pipelines.idset import IdSet
 from pipelines.operating_point import by_share
 from pipelines.viewers import MODEL_BACKENDS
+from stages.early import NAME
 from stages.rubric import OVERALL, load_rubric, with_decomposed
 from stages.score import MEASURED
 from stages.screen import PREFIX
@@ -47,7 +48,7 @@ def quality(scores: list[dict[str, Any]] | None, weights: Mapping[str, float]) -
     """The weighted mean of the scores that have a weight, of the judge's alike where there are no weights. What the judge was
     not asked is the screen's answer."""
     own = _scores(scores)
-    used = weights or {name: 1.0 for name in own if name not in MEASURED and not name.startswith(PREFIX)}
+    used = weights or {name: 1.0 for name in own if name not in (*MEASURED, NAME) and not name.startswith(PREFIX)}
     pairs = [(weight, own[name]) for name, weight in used.items() if name in own and np.isfinite(own[name])]
     total = sum(weight for weight, _ in pairs)
     return sum(weight * value for weight, value in pairs) / total if total else UNRANKED

@@ -23,8 +23,9 @@ from models.loading import GeneratorRef, TeacherRef
 from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
 from pipelines.kept import told
-from stages.batch import Batch, texts
+from stages.batch import STOPPED, Batch, texts
 from stages.decode import DecodeLatents
+from stages.early import NAME
 from stages.encode import EncodeText
 from stages.sample import SampleLatents
 
@@ -53,7 +54,8 @@ class Regenerated:
     trajectory: str = "not stored"
     text: str = "not stored"
     promise: str = "to the bit"
-    """How alike they are to be; `to float tolerance` of a plan whose techniques decide by a sample's own data."""
+    """How alike they are to be; `to float tolerance` of a plan whose techniques decide by a sample's own data, and of a
+    sample whose batch went on smaller because others were stopped."""
 
     @property
     def is_same(self) -> bool:
@@ -102,7 +104,7 @@ def regenerate(storage: Storage, sample_id: str) -> Regenerated:
         round(seconds, 2),
         _compare_tensor(storage, row, "trajectory", batch)[0],
         _compare_text(storage, row, batch),
-        "to float tolerance" if decides_by_data(_plan(row)) else "to the bit",
+        "to float tolerance" if decides_by_data(_plan(row)) or _was_cut(row) else "to the bit",
     )
 
 
@@ -113,10 +115,8 @@ def _row(storage: Storage, sample_id: str) -> Row:
     failures = Table(storage, "failures").read(None, pc.field("sample_id") == sample_id).to_pylist()
     if failures:
         last = max(failures, key=lambda row: row["attempt"])
-        raise UserError(
-            f"{sample_id}: was never made ({last['error_type']}: {last['error']});"
-            " `ditmill run SPEC --retry-failed` tries it again"
-        )
+        how = "--retry-early` finishes it" if last["error_type"] == STOPPED else "--retry-failed` tries it again"
+        raise UserError(f"{sample_id}: was never made ({last['error_type']}: {last['error']}); `ditmill run SPEC {how}")
     raise UserError(f"{storage.root}: has no sample {sample_id!r}")
 
 
@@ -177,6 +177,11 @@ def _plan(row: Row) -> SamplerPlan:
         return SamplerPlan.from_dict(asked)
     except TypeError as error:
         raise UserError(f"{row['sample_id']}: plan_json is of another version of ditmill ({error})") from error
+
+
+def _was_cut(row: Row) -> bool:
+    said = json.loads(row["extra_json"] or "{}").get(NAME)
+    return isinstance(said, dict) and "batch" in said
 
 
 def _make(row: Row, generator: GeneratorRef) -> Batch:

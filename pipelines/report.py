@@ -162,11 +162,13 @@ def templates() -> Environment:
 
 
 def funnel_steps(facts: Facts) -> tuple[charts.Step, ...]:
-    """Planned, generated, passed ScoreMedia, screened, judged, accepted, then what failed, by its kind."""
+    """Planned, stopped early, generated, passed ScoreMedia, screened, judged, accepted, then what failed, by its kind."""
     made = facts.generated + sum(
         failure.count for failure in facts.failures if failure.stage in ("score", *AFTER_MEDIA)
     )
     steps = [charts.Step("planned", facts.planned)]
+    if facts.stopped:
+        steps.append(charts.Step("stopped early", facts.stopped, "rejected", "rejected"))
     steps.append(charts.Step("generated", made, note=_share(made, facts.planned)))
     if any(cost.stage == "score" for cost in facts.costs):  # prompts alone are not scored
         steps.append(charts.Step("passed ScoreMedia", facts.passed, note=_share(facts.passed, made)))

@@ -20,6 +20,8 @@ from infra.storage import Storage
 from infra.tables import Table
 from pipelines.decisions import Decision
 from pipelines.run_log import Run, read_runs
+from stages.batch import STOPPED
+from stages.early import NAME
 from stages.score import MEASURED
 from stages.screen import PREFIX
 
@@ -27,8 +29,8 @@ VERDICTS = ("accepted", "rejected")
 SPREAD_LIMIT = 100_000
 """Histograms and throughput are drawn from at most this many samples, evenly spread over the table."""
 
-MEDIA_SCORES = frozenset(MEASURED)
-"""Scores of ScoreMedia: a sample with any other score was seen by the judge or its screen."""
+MEDIA_SCORES = frozenset((*MEASURED, NAME))
+"""Scores of ScoreMedia and of early rejection: a sample with any other was seen by the judge or its screen."""
 
 AFTER_MEDIA = ("decompose", "screen", "judge", "caption", "write")
 """Stages that only samples reach which passed ScoreMedia."""
@@ -74,6 +76,8 @@ class Facts:
     """Samples with a score that only a judge gives; 0 where there was no judge."""
     accepted: int
     rejected: int
+    stopped: int
+    """Samples that were not worth finishing: neither generated nor failed."""
     withdrawn: int
     failures: tuple[Failure, ...]
     reasons: tuple[tuple[str, int], ...]
@@ -154,7 +158,9 @@ def read_facts(snapshot: Snapshot, decisions: Mapping[str, Decision]) -> Facts:
     tally = _Tally(decisions, {row["sample_id"]: row for row in attempts}, stride=max(1, -(-total // SPREAD_LIMIT)))
     for start, batch in snapshot.batches(COUNTED):
         tally.add(start, batch)
-    failed = list(tally.failed.values())  # a sample that a later attempt made has not failed
+    left = list(tally.failed.values())  # a sample that a later attempt made has not failed
+    stopped = [row for row in left if row["error_type"] == STOPPED]
+    failed = [row for row in left if row["error_type"] != STOPPED]
     for row in attempts:
         tally.add_failure_cost(row)
     ended = {run.run_id: run.allocated for run in runs if run.allocated is not None}
@@ -164,13 +170,14 @@ def read_facts(snapshot: Snapshot, decisions: Mapping[str, Decision]) -> Facts:
     scores, times = tally.spread_out()
     late = sum(row["stage"] in AFTER_MEDIA for row in failed)
     return Facts(
-        planned=max([total + len(failed), *(run.planned_through for run in runs)]),
+        planned=max([total + len(left), *(run.planned_through for run in runs)]),
         generated=accepted + rejected,
         passed=tally.passed + late,
         screened=tally.screened,
         judged=tally.judged,
         accepted=accepted,
         rejected=rejected,
+        stopped=len(stopped),
         withdrawn=tally.withdrawn,
         failures=_group(failed),
         reasons=tuple(tally.reasons.most_common()),

@@ -16,6 +16,7 @@ from infra.errors import UserError
 from infra.storage import Storage
 from models.accelerate.registry import canonical
 from models.accelerate.registry import check as check_techniques
+from models.early import check_early
 from models.endpoint_client import EndpointRef
 from models.facts import Score
 from models.families import family_of
@@ -30,6 +31,7 @@ from models.source import content_sha256, resolve
 from models.viewer import ViewerRef
 from models.vllm import VllmRef
 from pipelines.decomposer import decomposer_of
+from pipelines.early_reject import early_reject
 from pipelines.expander import Expander, expander_of
 from pipelines.identity import generator_id
 from pipelines.kept import kept_states
@@ -43,6 +45,7 @@ from stages.batch import Stage
 from stages.caption import CaptionMedia
 from stages.caption_schema import load_schema
 from stages.decompose import DecomposePrompts
+from stages.early import EarlyReject
 from stages.judge import JudgeQuality
 from stages.rubric import OVERALL, Rubric, check_screen, check_thresholds, load_rubric, with_decomposed
 from stages.score import ScoreMedia
@@ -71,6 +74,7 @@ class Resolved:
     captioner: ViewerRef | None
     expander: Expander | None
     licences: tuple[tuple[str, Licence], ...]
+    early: EarlyReject | None = None
     points: tuple[OperatingPoint, ...] = ()
     """Thresholds that were found from data (see pipelines.thresholds)."""
 
@@ -286,6 +290,8 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
             attention=spec.layout.attention,
             max_cache_bytes=spec.layout.max_cache_bytes if plan.accelerate else None,
         )
+        if spec.sampler.early_reject is not None:
+            check_early(family_of(pipeline) if generator.remote_code is None else None, ref, plan)
         if (teacher := teacher_of(at, generator, ref, plan, spec.policy)) is not None:
             ref = replace(ref, teacher=teacher)
             licences.setdefault(teacher.model, licence_of(teacher.path, teacher.model))
@@ -336,6 +342,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         captioner=viewers["caption"],
         expander=expander,
         licences=tuple(licences.items()),
+        early=early_reject(spec, rubric, viewers["judge"], viewers["judge.screen"]),
     )
     run.captioning()  # refuses a schema that it cannot use
     return run

@@ -6,7 +6,7 @@ import json
 import platform
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,9 @@ from infra.secrets import redact
 from infra.storage import reaching, writing
 from infra.tables import Table, dataset_exists, read_dataset_json
 from infra.telemetry import bound, log
+from pipelines.commits import Retry
 from pipelines.dedup import RecordReport
+from pipelines.early import early_gate
 from pipelines.enumeration import Enumeration
 from pipelines.generate import Job, Outcome, Progress, StopRequest, generate
 from pipelines.placement import Group, place
@@ -131,12 +133,13 @@ def make_samples(
     groups: Callable[[], tuple[Group, ...]],
     stop: StopRequest,
     report: Callable[[Progress], None],
-    retry_failed: bool = False,
+    retry: Collection[Retry] = (),
 ) -> Outcome:
     """Generate what the dataset lacks; the run's start and end are rows of `runs`."""
     # What `verify` needs to enumerate again, beside the spec.
     ids = {"generator_ids": run.generator_ids, "plan_id": run.plan.plan_id}
     known = {"plan_file": enumeration.plan_file, "planned": len(enumeration), "extra_json": json.dumps(ids)}
+    early = early_gate(run)
     commit_run_row(run, "started", status="running", **known)
     job = Job(
         storage=run.storage,
@@ -147,7 +150,8 @@ def make_samples(
         target=run.spec.target,
         budget=run.spec.budget,
         commit_every=run.spec.output.commit_every,
-        retry_failed=retry_failed,
+        retry=retry,
+        hand_out=iter if early is None else early.bounded,
         guards=run.spec.guards,
         rows=run.spec.schedule.rows(run.storage),
         name=run.spec.name,
@@ -166,6 +170,8 @@ def make_samples(
         raise
     progress = outcome.progress
     told = {"actors": outcome.actors, "why": outcome.why, "taken_out": outcome.taken_out}
+    if early is not None:
+        told["early"] = early.as_told()
     commit_run_row(
         run,
         "ended",

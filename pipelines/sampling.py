@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from models.accelerate.registry import conflict, filled
 from models.accelerate.settings import SettingError
+from pipelines.operating_point import least_for
 from pipelines.sections import Section
 
 
@@ -33,6 +34,57 @@ class DualParal(Section):
     def _context_fits(self) -> DualParal:
         if self.context > self.frames:
             raise ValueError(f"context is at most frames, found {self.context} and {self.frames}")
+        return self
+
+
+class EarlyReject(Section):
+    """Samples that will almost surely be rejected are not finished; no part of a sample's identity."""
+
+    loss: float = Field(
+        0.01, gt=0, lt=1, description="Most of the good samples that may be lost, as a share, held with 95% confidence."
+    )
+    at: float = Field(
+        0.7,
+        gt=0,
+        lt=1,
+        description="Noise level, 1 for pure noise: samples are looked at after the first step that starts at or below it.",
+    )
+    frames: int = Field(
+        3,
+        ge=1,
+        description="Latent frames of the estimate that are decoded, the first ones; as many as there are, at most.",
+    )
+    questions: tuple[str, ...] = Field(
+        (),
+        description="The rubric's questions that are asked of it, by judge.screen if there is one, else by the judge;"
+        " their mean by weight is the score. None: all that it is asked anyway.",
+    )
+    call: str | None = Field(
+        None,
+        description="Or a score of your own, as judge.call: module:function, which gives one score, higher is better.",
+    )
+    version: str | None = Field(None, description="Version of that code.")
+    calibration: int | None = Field(
+        None,
+        ge=1,
+        description="Good samples that go to their end before any is stopped; more of them find a closer threshold. Left out,"
+        " the fewest that can hold `loss`: 299 for 0.01.",
+    )
+    hold_out: float = Field(
+        0.02, gt=0, lt=1, description="Share of what would be stopped that goes on, to measure what is lost."
+    )
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> EarlyReject:
+        if self.call is not None and not self.version:
+            raise ValueError("call needs a version")
+        if self.call is not None and self.questions:
+            raise ValueError("questions are asked of a model, and call is code of your own; remove one of the two")
+        least = least_for(self.loss)
+        if self.calibration is not None and self.calibration < least:
+            raise SettingError(
+                "calibration", f"expected at least {least}, which loss: {self.loss:g} needs, found {self.calibration}"
+            )
         return self
 
 
@@ -70,14 +122,14 @@ class Sampler(Section):
     accelerate: tuple[Annotated[dict[str, Any], BeforeValidator(_filled)], ...] = Field(
         (), description="Techniques that skip work, each {technique: NAME} with its own keys, which are below."
     )
-    early_reject: dict[str, Any] | None = Field(
-        None, description="Stop samples that will be rejected. Not built in yet."
+    early_reject: EarlyReject | None = Field(
+        None, description="Do not finish samples that will almost surely be rejected; left out, all are finished."
     )
 
     @model_validator(mode="after")
     def _not_yet(self) -> Sampler:
-        if self.plan or self.early_reject:
-            raise ValueError("plan and early_reject are not available in this version; remove them")
+        if self.plan:
+            raise ValueError("plan is not available in this version; remove it")
         return self
 
     @model_validator(mode="after")

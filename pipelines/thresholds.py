@@ -20,6 +20,7 @@ from infra.telemetry import log
 from pipelines.annotate import read_labels
 from pipelines.answers import Answers
 from pipelines.decisions import in_commit_order, read_decisions
+from pipelines.early import early_told
 from pipelines.operating_point import LEAST, OperatingPoint, by_precision, by_share
 from pipelines.resolve import Resolved
 from pipelines.viewers import Bar
@@ -52,8 +53,8 @@ def find_thresholds(run: Resolved) -> Resolved:
 
 
 def told(run: Resolved) -> list[str]:
-    """A line for each threshold that was found, or that lets everything pass for now."""
-    lines = [str(point) for point in run.points]
+    """A line for each threshold that was found, or that lets everything pass for now; and on early rejection."""
+    lines = [*map(str, run.points), *early_told(run)]
     found = {point.question for point in run.points}
     for name, bar in run.spec.judge.thresholds.items():
         if isinstance(bar, Bar) and name not in found:

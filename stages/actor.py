@@ -22,7 +22,7 @@ from infra.errors import UserError
 from infra.quarantine import here
 from infra.storage import refused
 from infra.telemetry import bound, configure, log
-from stages.batch import Batch, SampleError, Stage, WorldFault, size, take, texts
+from stages.batch import STOPPED, Batch, SampleError, Stage, WorldFault, size, take, texts
 from stages.canary import made_of, taken_through
 
 PAYLOAD = pa.schema([("columns", pa.large_binary()), ("tensors", pa.list_(pa.large_binary()))])
@@ -213,7 +213,8 @@ def run_stage(stage: Stage, batch: Batch, accelerators: float = 1.0) -> tuple[Ba
         batch = {**batch, "error_stage": stages}
         for at in np.flatnonzero(failed):
             error = {"error_type": batch["error_type"][at], "error": str(batch["error"][at])[:500]}
-            log().warning("sample failed", stage=stage.name, sample_id=batch["sample_id"][at], **error)
+            said = ("info", "sample stopped") if error["error_type"] == STOPPED else ("warning", "sample failed")
+            getattr(log(), said[0])(said[1], stage=stage.name, sample_id=batch["sample_id"][at], **error)
     cost = {
         "stage": stage.name,
         "accelerator_seconds": seconds * accelerators / len(index),

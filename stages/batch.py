@@ -16,6 +16,7 @@ and that stages add:
     cond.<name>   EncodeText: prompt_embeds and what else the family wants, float32 or bfloat16 bits as float32
     latents       SampleLatents: [n, channels, frames, height, width] (images: no frames axis), float32;   nfe: int64
     accelerated   SampleLatents, of a plan with techniques: JSON object, what they saved
+    early         SampleLatents, where samples may be stopped: JSON object, how it was looked at; its score is among `scores`
     frames        DecodeLatents: [n, num_frames, height, width, 3], uint8
     scores        ScoreMedia, JudgeQuality: JSON list of {name, value}
     verdict       'accepted' or 'rejected';   reasons: JSON list of str
@@ -33,6 +34,9 @@ from typing import Any, Protocol
 import numpy as np
 
 Batch = dict[str, np.ndarray]
+
+STOPPED = "early"
+"""The `error_type` of a sample that was not worth finishing. It counts as rejected, and not as failed."""
 
 
 class Stage(Protocol):

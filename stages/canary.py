@@ -43,12 +43,13 @@ def made_of(batch: Batch) -> tuple[str, np.ndarray] | None:
 
 
 def _shortened(stage: Any) -> Stage:
-    """The stage with few steps, if it samples; by all ranks, if it is a group's; with its model, if that is delivered."""
+    """The stage with few steps and no look, if it samples; by all of a group; with its model, if that is delivered."""
     if hasattr(stage, "stage"):
         return replace(stage, stage=_shortened(stage.stage))
     if stage.name != "sample":
         return stage  # type: ignore[no-any-return]
-    return replace(stage, plan=replace(stage.plan.shortened(STEPS), accelerate=()))  # type: ignore[no-any-return]
+    whole = {"early": None} if hasattr(stage, "early") else {}
+    return replace(stage, plan=replace(stage.plan.shortened(STEPS), accelerate=()), **whole)  # type: ignore[no-any-return]
 
 
 class Canaries:

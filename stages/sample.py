@@ -16,6 +16,7 @@ from models.path import Path
 from models.placement import device_name
 from models.plan import SamplerPlan
 from stages.batch import Batch, size, texts
+from stages.early import EarlyReject
 from stages.encode import PREFIX, padded
 
 
@@ -29,7 +30,8 @@ class SampleLatents:
 
     With `hash_noise` also `noise_sha256`, of the noise's float32 bytes in C order; with `keep`, places of states (see
     `models.path`), also `trajectory` [n, states, *latent_shape] float32. Where the plan has techniques also `accelerated`,
-    JSON of what they saved of each sample (see `models.accelerate.course`).
+    JSON of what they saved of each sample (see `models.accelerate.course`). With `early` also what it tells of each sample;
+    those that it stops fail as `early`.
     """
 
     generators: tuple[GeneratorRef, ...]
@@ -38,6 +40,7 @@ class SampleLatents:
     threads: int = 1
     hash_noise: bool = False
     keep: tuple[int, ...] = ()
+    early: EarlyReject | None = None
 
     name: ClassVar[str] = "sample"
     reads: ClassVar[tuple[str, ...]] = ("cond.*", "noise_key", "generator", "height", "width", "num_frames", "fps")
@@ -51,7 +54,10 @@ class SampleLatents:
         for ref in self.generators:
             load_generator(ref).load("sample")
             load_generator(ref).lay_out(self.plan)
-            load_generator(ref).check_plan(self.plan, with_path=bool(self.keep))
+            at = None if self.early is None else self.early.at
+            load_generator(ref).check_plan(self.plan, with_path=bool(self.keep), early_at=at)
+        if self.early is not None:
+            self.early.load(self.threads)
 
     def __call__(self, batch: Batch) -> Batch:
         generator = load_generator(self.generators[int(batch["generator"][0])])
@@ -69,10 +75,10 @@ class SampleLatents:
             finite = np.isfinite(latents).reshape(len(latents), -1).all(axis=1)
             if not finite.all():
                 for name, text in (("error_type", "nan_latents"), ("error", "the latents are not finite")):
-                    result[name] = np.where(finite, batch[name], texts([text] * len(latents)))
+                    result[name] = np.where(finite, result[name], texts([text] * len(latents)))
                 latents[~finite] = 0
         described = json.dumps(generator.describe(self.plan, *shape), sort_keys=True)
-        result["nfe"] = np.full(size(batch), nfe, dtype=np.int64)
+        result.setdefault("nfe", np.full(size(batch), nfe, dtype=np.int64))
         result["plan_json"] = texts([described] * size(batch))
         result["node"] = texts([socket.gethostname()] * size(batch))
         result["device"] = texts([device_name(generator.ref.device)] * size(batch))
@@ -88,8 +94,12 @@ class SampleLatents:
         }
         path = Path(self.keep, self.plan.num_inference_steps) if self.keep else None
         savings = Savings()
-        latents, nfe = generator.sample(conditions, noise[rows], self.plan, *shape, fps, path, savings)
+        early = None if self.early is None else self.early.watch(batch)
+        latents, nfe = generator.sample(conditions, noise[rows], self.plan, *shape, fps, path, savings, early)
         made: Batch = {"latents": latents[:count]}
+        if self.early is not None and early is not None:
+            made["latents"][early.stopped] = 0
+            made |= self.early.told(batch, early, nfe)
         if savings.facts:
             made["accelerated"] = texts([json.dumps(facts, sort_keys=True) for facts in savings.facts[:count]])
         if path is not None:

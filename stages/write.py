@@ -22,7 +22,8 @@ import orjson
 from infra.schema import EMBEDDINGS, FAILURES, SAMPLES
 from infra.shard import Place, build_tar
 from infra.storage import Storage
-from stages.batch import Batch, SampleError, jsons, size
+from stages.batch import STOPPED, Batch, SampleError, jsons, size
+from stages.early import NAME
 from stages.embeddings import Texts, texts_of
 from stages.tensors import Compression, KeptStates, no_latents, sample_tensors
 from stages.writable import check_writable, is_plain, valid
@@ -37,6 +38,8 @@ TOLD = ("noise_sha256", "text_id", "negative_text_id", "trajectory")
 """What recipes for distillation tell of a sample in `extra_json`, in the place of a user's columns of these names."""
 ACCELERATED = "accelerated"
 """What techniques of the plan saved of a sample: the column, and the name in `extra_json`."""
+OF_SAMPLING = (ACCELERATED, NAME)
+"""The same of all that sampling tells of a sample."""
 
 Row = dict[str, Any]
 
@@ -63,6 +66,8 @@ class WriteShards:
 
         batch_index, parts: [{table, path, nbytes, rows}], media: [names of tars], media_nbytes, accepted, rejected,
         failed, ledger: what the batch's own column `ledger` holds in its first row, else []
+
+    where samples that were stopped early count as rejected, though they are rows of failures.
 
     Media first, then parts, so that a part never refers to what is not there. With `tensors: {text_embeddings: ...}` the
     batch's new texts go to a tar of their own, `text/<run>/<batch>.tar`, and to rows of `embeddings`. A sample that cannot
@@ -172,14 +177,15 @@ class _Written:
             self._part("samples", samples, SAMPLES),
             self._part("failures", self.failures, FAILURES),
         ]
+        stopped = sum(row["error_type"] == STOPPED for row in self.failures)
         return {
             "batch_index": self.batch_index,
             "parts": [part for part in parts if part["rows"]],
             "media": media,
             "media_nbytes": media_nbytes,
             "accepted": len(self.rows["accepted"]),
-            "rejected": len(self.rows["rejected"]),
-            "failed": len(self.failures),
+            "rejected": len(self.rows["rejected"]) + stopped,
+            "failed": len(self.failures) - stopped,
             "ledger": self._json(0, "ledger", []),
         }
 
@@ -315,10 +321,9 @@ class _Written:
         }
 
     def _distilling(self, at: int, facts: GeneratorFacts) -> tuple[tuple[str, str], ...]:
-        """What recipes for distillation, and techniques of the plan, tell of a sample, as names and JSON."""
+        """What recipes for distillation, and sampling itself, tell of a sample, as names and JSON."""
         said = {name: json.dumps(value) for name in TOLD[:-1] if (value := self._text(at, name))}
-        if saved := self._text(at, ACCELERATED):
-            said[ACCELERATED] = saved
+        said |= {name: value for name in OF_SAMPLING if (value := self._text(at, name))}
         if self.stage.trajectory is not None:
             plan = json.loads(self._text(at, "plan_json") or "{}")
             said["trajectory"] = json.dumps(self.stage.trajectory.facts(plan, facts.num_inference_steps))

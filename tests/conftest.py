@@ -20,6 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from infra.ray_session import Cluster
     from infra.storage import Storage
+    from pipelines.commits import Retry
     from pipelines.generate import Outcome, Progress, StopRequest
     from pipelines.spec import Spec
 
@@ -186,7 +187,7 @@ class Runner:
         spec: Spec,
         stop: StopRequest | None = None,
         report: Callable[[Progress], Any] = lambda _: None,
-        retry: bool = False,
+        retry: tuple[Retry, ...] = (),
     ) -> Outcome:
         from infra.storage import writing
         from pipelines.generate import StopRequest
@@ -199,7 +200,7 @@ class Runner:
         try:
             with writing(found.storage.root):
                 enumeration, _ = expand(found, groups)
-                outcome = make_samples(found, enumeration, groups, stop or StopRequest(), report, retry_failed=retry)
+                outcome = make_samples(found, enumeration, groups, stop or StopRequest(), report, retry=retry)
         except BaseException:
             with suppress(OSError):  # the disk may be full
                 clean_up(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,8 @@ from models.accelerate.course import Course, Savings
 from models.accelerate.registry import TECHNIQUES, configs
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from models.parallel.layout import Layout
     from models.plan import SamplerPlan
 
@@ -25,10 +27,12 @@ def accelerated(
     limit: int | None = None,
     savings: Savings | None = None,
     has_teacher: bool = False,
+    followers: list[Callable[[Tensor], None]] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Around one call of the pipeline for `rows` samples. Yields those arguments of it that are to be other ones.
 
     What was saved of each sample is added to `savings` at the end. `has_teacher`: its denoiser may not be asked at all.
+    `followers` is added to: who is to be told which rows of the batch go on, where not all do.
     RuntimeError where the pipeline went past what was applied.
     """
     if not plan.accelerate:
@@ -47,6 +51,8 @@ def accelerated(
         group=None if layout is None else layout.tensor,
         branches=None if layout is None else layout.branches,
     )
+    if followers is not None:
+        followers.append(course.keep)
     counts = all(row.decides != "blocks" for row, _ in wanted)
     changed: dict[str, Any] = {}
     guide = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 LIMIT = "layout.max_cache_bytes"
 CONDITIONAL, UNCONDITIONAL = "cond", "uncond"
 """Branches of guidance, as diffusers' pipelines name them to `cache_context`."""
+
+
+class Follower(Protocol):
+    def keep(self, rows: Tensor) -> None:
+        """Of what is kept of each row, that of `rows` [m] alone is kept, in that order."""
 
 
 class Course:
@@ -44,10 +49,12 @@ class Course:
         self.rows, self.scheduler, self.techniques = rows, scheduler, techniques
         self.limit, self.group, self.branches = limit, group, branches
         self.step, self.branch = -1, ""
-        self.planned = 0.0
-        self.computed = np.zeros(rows)
+        self.planned, self.computed = np.zeros(rows), np.zeros(rows)
+        self.followers: list[Follower] = []
+        """What keeps something of each row that the denoiser is asked for."""
         self.peak = 0
         self._held = 0
+        self._alive = np.arange(rows)
         self._skipping: set[str] = set()
 
     @property
@@ -92,15 +99,18 @@ class Course:
             self.branch = before
 
     def plan(self, blocks: float) -> None:
-        """So many block evaluations of each sample are in the plan without techniques."""
-        self.planned += blocks
+        """So many block evaluations of each sample that goes on are in the plan without techniques."""
+        self.planned[self._alive] += blocks
 
     def compute(self, blocks: float, rows: Tensor | None = None) -> None:
-        """So many were computed, of the samples at `rows`, or of all."""
-        if rows is None:
-            self.computed += blocks
-        else:
-            self.computed[rows.cpu().numpy()] += blocks
+        """So many were computed, of the samples at `rows`, or of all that go on."""
+        self.computed[self._alive if rows is None else self._alive[rows.cpu().numpy()]] += blocks
+
+    def keep(self, rows: Tensor) -> None:
+        """From now on the denoiser is asked for these rows [m] alone, in that order; one may be there twice."""
+        for follower in self.followers:
+            follower.keep(rows)
+        self._alive = self._alive[rows.cpu().numpy()]
 
     def skip(self, technique: str) -> None:
         """It has skipped something."""
@@ -137,31 +147,37 @@ class Course:
         planned, computed = self._over_branches()
         return [
             {
-                "block_evaluations": round(planned),
-                "skipped": round(1 - float(each) / planned, 6) if planned else 0.0,
+                "block_evaluations": round(float(whole)),
+                "skipped": round(1 - float(part) / float(whole), 6) if whole else 0.0,
                 "cache_bytes": self.peak // self.rows,
             }
-            for each in computed
+            for whole, part in zip(planned, computed, strict=True)
         ]
 
-    def _over_branches(self) -> tuple[float, np.ndarray]:
+    def _over_branches(self) -> tuple[np.ndarray, np.ndarray]:
         if self.branches is None:
             return self.planned, self.computed
         import torch
         import torch.distributed as dist
 
         device = "cpu" if dist.get_backend(self.branches) == "gloo" else "cuda"
-        counts = torch.tensor([self.planned, *self.computed.tolist()], dtype=torch.float64, device=device)
+        counts = torch.from_numpy(np.stack([self.planned, self.computed])).to(device)
         dist.all_reduce(counts, group=self.branches)
-        return float(counts[0]), counts[1:].cpu().numpy()
+        planned, computed = counts.cpu().numpy()
+        return planned, computed
 
 
 class Cache:
-    """Tensors that a technique keeps, by key. What they take is the course's to bound."""
+    """Tensors [n, ...] that a technique keeps, by key. What they take is the course's to bound.
 
-    def __init__(self, course: Course) -> None:
+    `whole`: kept outside of the denoiser, of all rows of the pipeline's batch, whichever of them go on.
+    """
+
+    def __init__(self, course: Course, whole: bool = False) -> None:
         self.course = course
         self._kept: dict[Any, Tensor] = {}
+        if not whole:
+            course.followers.append(self)
 
     def __contains__(self, key: Any) -> bool:
         return key in self._kept
@@ -180,6 +196,10 @@ class Cache:
             self[key] = value
         else:
             self._kept[key].index_copy_(0, rows, value)
+
+    def keep(self, rows: Tensor) -> None:
+        for key, value in self._kept.items():
+            self[key] = value.index_select(0, rows)
 
 
 class Savings:

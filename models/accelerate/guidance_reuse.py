@@ -33,7 +33,7 @@ class GuidanceReuse:
 
 def apply(guide: Guide, config: GuidanceReuse, course: Course) -> Guide:
     """`guide`, given an unconditional prediction that is not always evaluated."""
-    cache = Cache(course)
+    cache = Cache(course, whole=True)
     evaluated = -1
 
     def reusing(c: Tensor, unconditional: Callable[[], Tensor]) -> Tensor:

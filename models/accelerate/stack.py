@@ -102,7 +102,7 @@ def parts_answered(denoiser: Any, course: Course, answer: Answer) -> Iterator[No
                 module = getattr(block, part, None)
                 if module is None:
                     raise RuntimeError(f"block {at} of {type(denoiser).__name__} has no {part} to answer for")
-                undo.enter_context(_forwarding(module, asks(at, part, module.forward)))
+                undo.enter_context(forwarding(module, asks(at, part, module.forward)))
         undo.enter_context(stacked(denoiser, course, None, counts=False))
         yield
 
@@ -126,7 +126,8 @@ def all_rows(hidden: Tensor) -> Tensor:
 
 
 @contextmanager
-def _forwarding(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def forwarding(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """`module` computes by `forward`, inside."""
     before = module.__dict__.get("forward")  # offloading sets one
     module.forward = forward
     try:

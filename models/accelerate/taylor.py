@@ -25,6 +25,7 @@ class Series:
         self.order, self.cache, self.key = order, cache, key
         self.terms = 0
         self._last = self._count = torch.empty(0)
+        cache.course.followers.append(self)
 
     def update(self, step: int, value: Tensor, rows: Tensor | None = None) -> None:
         """`value` was computed at `step`, of the samples at `rows`, or of all."""
@@ -55,6 +56,11 @@ class Series:
         for at in range(1, self.terms):
             made += self._term(at, None) * (ahead**at / math.factorial(at))
         return made
+
+    def keep(self, rows: Tensor) -> None:
+        """From now on there are these rows alone; the cache keeps their terms."""
+        if self.terms:
+            self._last, self._count = self._last[rows], self._count[rows]
 
     def _term(self, at: int, rows: Tensor | None) -> Tensor:
         term = self.cache[self.key, at]

@@ -25,7 +25,8 @@ def generating(run: Resolved, hash_noise: bool = False) -> tuple[Stage, ...]:
     layout = run.spec.layout
     arguments = (run.generators, run.plan, layout.batch_size, layout.threads)
     states = run.kept_states
-    sample = SampleLatents(*arguments, hash_noise=hash_noise, keep=states.places if states else ())
+    kept = states.places if states else ()
+    sample = SampleLatents(*arguments, hash_noise=hash_noise, keep=kept, early=run.early)
     decode = DecodeLatents(*arguments)
     parallel = run.generators[0].parallel
     return (

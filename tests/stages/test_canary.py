@@ -3,7 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stages.canary import TOLERANCE, Canaries
+from models.plan import SamplerPlan
+from stages.canary import TOLERANCE, Canaries, _shortened
+from stages.early import EarlyReject
+from stages.rubric import load_rubric
+from stages.sample import SampleLatents
 
 FIRST = np.random.default_rng(0).standard_normal((1, 16, 5, 8, 8)).astype(np.float32)
 
@@ -44,3 +48,10 @@ def test_another_shape_is_no_match() -> None:
     canaries = Canaries()
     canaries.differs("H200", FIRST)
     assert canaries.differs("A100", FIRST[:, :, :4]) != ""
+
+
+def test_a_canary_is_not_looked_at() -> None:
+    """Of its two steps none may be at the noise level, and one that is stopped says nothing of its device."""
+    early = EarlyReject(0.5, 1, "", load_rubric("default"))
+    stage = SampleLatents((), SamplerPlan(), 1, early=early)
+    assert _shortened(stage).early is None and _shortened(stage).plan.num_inference_steps == 2  # type: ignore[attr-defined]

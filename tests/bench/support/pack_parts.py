@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from models.plan import SamplerPlan
 from pipelines.identity import Shape, prompt_id
 from stages.batch import Batch, texts
 from stages.decode import DecodeLatents
+from stages.early import BELOW, EarlyReject
 from stages.encode import EncodeText
 from stages.sample import SampleLatents
 
@@ -107,10 +109,15 @@ def batches(
     seed: int,
     say: Progress,
     seconds: dict[str, list[float]],
+    early: EarlyReject | None = None,
+    below: float = -math.inf,
 ) -> Iterator[Batch]:
-    """Batch after batch as the last stage leaves it; to `seconds`, of each stage, go its CPU-seconds for a sample."""
+    """Batch after batch as the last stage leaves it; to `seconds`, of each stage, go its CPU-seconds for a sample.
+
+    With `early`, samples that it scores `below` are stopped.
+    """
     settings = ((ref,), plan, batch_size, 1)
-    stages = (EncodeText(*settings), SampleLatents(*settings), DecodeLatents(*settings))
+    stages = (EncodeText(*settings), SampleLatents(*settings, early=early), DecodeLatents(*settings))
     for stage in stages:
         stage.load()
     indices = asked.indices or (0,) * len(asked.prompts)
@@ -118,6 +125,7 @@ def batches(
         part = slice(start, start + batch_size)
         prompts = asked.prompts[part]
         batch = _batch(list(prompts), indices[part], asked.num_frames, seed)
+        batch[BELOW] = np.full(len(prompts), below)
         for stage in stages:
             began = time.process_time()
             batch = stage(batch)
@@ -140,6 +148,7 @@ def _batch(prompts: list[str], indices: Sequence[int], num_frames: int, seed: in
         "fps": np.full(count, float(FPS)),
         "prompt": texts(prompts),
         "noise_key": texts(keys),
+        "sample_id": texts(keys),
     }
 
 

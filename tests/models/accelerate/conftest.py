@@ -14,6 +14,7 @@ import pytest
 
 from models.accelerate.course import Savings
 from models.accelerate.registry import canonical
+from models.early import Early
 from models.generator import Generator, GeneratorRef
 from models.noise import noise_key, standard_normal
 from models.path import Path as States
@@ -36,6 +37,7 @@ class Sampling:
         rows: list[int] | None = None,
         savings: Savings | None = None,
         states: States | None = None,
+        early: Early | None = None,
     ) -> tuple[np.ndarray, int]:
         """Latents of PROMPTS, `rows` of them, and evaluations for each."""
         rows = list(range(len(PROMPTS))) if rows is None else rows
@@ -46,7 +48,7 @@ class Sampling:
         if plan.guidance_scale <= 1:
             del conditions["negative_prompt_embeds"]
         given = {name: value[rows] for name, value in conditions.items()}
-        return self.generator.sample(given, noise[rows], plan, *VIDEO, 8.0, states, savings)
+        return self.generator.sample(given, noise[rows], plan, *VIDEO, 8.0, states, savings, early)
 
     @property
     def denoiser(self) -> Any:
