@@ -50,6 +50,11 @@ class QualityBudget(Section):
         return f"{self.measure}={getattr(self, self.measure):g}"
 
     @property
+    def nearly(self) -> float:
+        """Greatest loss that still leads somewhere: twice the budget, or 3 dB less."""
+        return self.most + 3 if self.measure == "psnr" else 2 * self.most
+
+    @property
     def name(self) -> str:
         """The same as a part of a file's name."""
         return str(self).replace("=", "-")

@@ -1,9 +1,10 @@
 """The search for cheap plans within a budget: NSGA-II (Deb et al. 2002) over cost and loss, by optuna.
 
-ECAD (Aggarwal et al. 2025, arXiv 2506.15682) searches caching schedules of a checkpoint this way; here it is the whole plan.
-The budget is a constraint by Deb's rule: of two plans outside of it the nearer one is better, so that trials gather where the
-answer is. A trial goes through its prompts in growing steps and ends as soon as its loss surely misses the budget; what it
-has shown by then stands for it. Every trial is a line of a journal, so that a search that was killed goes on.
+ECAD (Aggarwal et al. 2025, arXiv 2506.15682) searches a checkpoint's caching schedules this way; here it is the whole plan.
+Twice the budget is a constraint by Deb's rule: of two plans outside of it the nearer one is better. What lies between is
+cheap and nearly good enough, and its children are where the answer is. A trial goes through its prompts in growing steps
+and ends as soon as its loss surely misses the budget; what it has shown by then stands for it. Every trial is in a journal,
+so that a search that was killed goes on.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from infra.errors import UserError
 from models.accelerate.genome import Choice, Dimension, Space, Whole
 from models.plan import SamplerPlan
 from pipelines.quality import QualityBudget, lost, surely_misses
-from pipelines.trials import Measured
+from pipelines.trials import Evaluate, Measured
 
-POPULATION = 24
+POPULATION = 12
+SPREAD = 5.0
+"""Of crossover and mutation (eta): small, as a few hundred trials have to reach far."""
+MUTATED = 0.2
+"""Share of a child's numbers."""
 MOST_REPEATED = 200
 """Genomes of plans that are known, in a row, after which the space counts as searched."""
-
-Evaluate = Callable[[Sequence[tuple[SamplerPlan, int]]], list[Measured]]
-"""Each plan on the batch of prompts of this number: `pipelines.trials.measure`, one after another or many at once."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Search:
         self._say(trial, tried)
 
     def _say(self, trial: Any, tried: Tried) -> None:
-        trial.set_constraint("budget", tried.loss - self.budget.most)
+        trial.set_constraint("budget", tried.loss - self.budget.nearly)
         self._study.tell(trial, [tried.seconds, tried.loss])
 
 
@@ -186,6 +188,7 @@ def _study(journal: Path, name: str, seed: int) -> Any:
         import optuna
     except ImportError as error:
         raise UserError("tune: optuna is not installed; pip install optuna, or run make install") from error
+    from optuna.samplers import nsgaii
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
@@ -198,7 +201,13 @@ def _study(journal: Path, name: str, seed: int) -> Any:
             storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
         )
         # Another seed after each start: the same one would draw the first trials again.
-        study.sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed + len(study.trials))
+        study.sampler = optuna.samplers.NSGAIISampler(
+            population_size=POPULATION,
+            crossover=nsgaii.SBXCrossover(eta=SPREAD),
+            mutation=nsgaii.PolynomialMutation(eta=SPREAD),
+            mutation_prob=MUTATED,
+            seed=seed + len(study.trials),
+        )
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         study.enqueue_trial(trial.params)

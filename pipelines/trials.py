@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -103,6 +103,10 @@ class Measured:
         return Measured(*columns, max(part.nfe for part in parts))
 
 
+Evaluate = Callable[[Sequence[tuple[SamplerPlan, int]]], list[Measured]]
+"""Each plan on the batch of prompts of this number: `measure`, one after another or many at once."""
+
+
 def measure(prompts: Prompts, plan: SamplerPlan, at: int) -> Measured:
     """`plan` on batch number `at`, the same each time but for seconds. UserError where the checkpoint cannot follow it."""
     _settle(prompts)
@@ -114,8 +118,22 @@ def measure(prompts: Prompts, plan: SamplerPlan, at: int) -> Measured:
         evaluations = [each["block_evaluations"] * (1 - each["skipped"]) for each in facts]
     else:
         evaluations = [float(nfe * blocks) for nfe in batch["nfe"]]
-    scores = _scores(prompts, batch, at)
+    scores = _scores(prompts, batch, at, plan == prompts.reference)
     return Measured(scores, np.array([seconds]), np.array(evaluations), int(batch["nfe"][0]))
+
+
+def measure_reference(prompts: Prompts, evaluate: Evaluate) -> list[Measured]:
+    """The reference on every batch, in order. Measured once, and kept."""
+    parts = []
+    for at in range(len(prompts.batches)):
+
+        def make(at: int = at) -> Batch:
+            (found,) = evaluate([(prompts.reference, at)])
+            return {**vars(found), "nfe": np.array(found.nfe)}
+
+        kept = _kept(prompts, f"reference-{at}", make)
+        parts.append(Measured(**{**kept, "nfe": int(kept["nfe"])}))  # type: ignore[arg-type]
+    return parts
 
 
 def space(prompts: Prompts) -> Space:
@@ -130,7 +148,9 @@ def space(prompts: Prompts) -> Space:
     if generator.family is not None and "magcache" in generator.family.accelerators and generator.batches:
         denoisers = generator.denoisers
         if len(denoisers) == 1:
-            ratios = calibrate(denoisers[0], lambda: _sampled(prompts, prompts.reference, 0))
+            sample = partial(_sampled, prompts, prompts.reference, 0)
+            kept = _kept(prompts, "ratios", lambda: {"ratios": np.array(calibrate(denoisers[0], sample))})
+            ratios = tuple(kept["ratios"].tolist())
     rounded = tuple(round(ratio, 4) for ratio in ratios)
     return space_of(follows, prompts.reference, None if dynamic or shift is None else float(shift), rounded)
 
@@ -180,19 +200,24 @@ def _conditions(prompts: Prompts, plan: SamplerPlan, at: int) -> Batch:
     return _kept(prompts, f"text-{guided:d}-{at}", encode)
 
 
-def _scores(prompts: Prompts, batch: Batch, at: int) -> np.ndarray:
+def _scores(prompts: Prompts, batch: Batch, at: int, is_reference: bool) -> np.ndarray:
     batch = DecodeLatents((prompts.generator,), prompts.reference, prompts.batch_size, prompts.threads)(batch)
     if prompts.budget.measure == "accuracy":
         return _right(batch)
     if prompts.budget.measure == "judge":
         return _judged(prompts, batch)
-    error = (batch["frames"].astype(np.float32) - _reference_frames(prompts, at)) ** 2
+    theirs = _reference_frames(prompts, at, batch["frames"] if is_reference else None)
+    error = (batch["frames"].astype(np.float32) - theirs) ** 2
     psnr = 10 * np.log10(255**2 / np.maximum(error.mean(axis=tuple(range(1, error.ndim))), 1e-9))
     return weighed(np.minimum(psnr, MOST_PSNR))
 
 
-def _reference_frames(prompts: Prompts, at: int) -> np.ndarray:
+def _reference_frames(prompts: Prompts, at: int, frames: np.ndarray | None = None) -> np.ndarray:
+    """Those that were kept. `frames`, where the reference has just made them, are."""
+
     def make() -> Batch:
+        if frames is not None:
+            return {"frames": frames}
         batch, _ = _sampled(prompts, prompts.reference, at)
         decode = DecodeLatents((prompts.generator,), prompts.reference, prompts.batch_size, prompts.threads)
         return {"frames": decode(batch)["frames"]}

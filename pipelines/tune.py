@@ -34,8 +34,8 @@ from pipelines.quality import QualityBudget, interval, lost
 from pipelines.records import expand_rows, unique_records
 from pipelines.resolve import Resolved, code_version
 from pipelines.sampling import sampler_keys
-from pipelines.search import Evaluate, Search, Tried
-from pipelines.trials import Measured, Prompts, measure, space
+from pipelines.search import Search, Tried
+from pipelines.trials import Evaluate, Measured, Prompts, measure, measure_reference, space
 from stages.batch import Batch, Stage, texts
 from stages.judge import JudgeQuality
 from stages.score import ScoreMedia
@@ -117,7 +117,7 @@ def tune(run: Resolved, budget: QualityBudget, settings: Settings, folder: Path,
     seen, unseen = _prompts(run, budget, settings, work)
     evaluate = pool(seen)
     say(f"the plan without techniques on {len(seen)} prompts: {len(seen.batches)} batches of {seen.batch_size}")
-    reference = evaluate([(seen.reference, at) for at in range(len(seen.batches))])
+    reference = measure_reference(seen, evaluate)
     search = Search(
         space(seen),
         budget,

@@ -18,7 +18,7 @@ DATA = REPO / "tests" / "data"
 
 COMMANDS = (
     "make", "init", "plan", "run", "status", "stop", "report", "verify", "regenerate", "annotate", "release", "export",
-    "distill", "models", "vacuum", "bench",
+    "distill", "tune", "models", "vacuum", "bench",
 )  # fmt: skip
 
 
