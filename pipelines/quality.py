@@ -14,6 +14,7 @@ from pipelines.sections import Section
 Measure = Literal["accuracy", "judge", "psnr"]
 MEASURES: tuple[Measure, ...] = ("accuracy", "judge", "psnr")
 KEY = "--budget"
+LEAST = 4
 
 
 class QualityBudget(Section):
@@ -96,8 +97,12 @@ def interval(budget: QualityBudget, ours: np.ndarray, theirs: np.ndarray) -> tup
 
 
 def surely_misses(budget: QualityBudget, ours: np.ndarray, theirs: np.ndarray) -> bool:
-    """Whether even the favourable end of the interval is outside of the budget."""
-    return lost(budget, ours, theirs) > budget.most and interval(budget, ours, theirs)[0] > budget.most
+    """Whether even the favourable end of the interval is outside of the budget; of fewer than LEAST samples none is sure."""
+    return (
+        len(ours) >= LEAST
+        and lost(budget, ours, theirs) > budget.most
+        and interval(budget, ours, theirs)[0] > budget.most
+    )
 
 
 def _mean(values: np.ndarray) -> float:

@@ -21,7 +21,7 @@ from infra.errors import UserError
 from models.accelerate.genome import Choice, Dimension, Space, Whole
 from models.plan import SamplerPlan
 from pipelines.quality import QualityBudget, lost, surely_misses
-from pipelines.trials import Evaluate, Measured
+from pipelines.trials import Evaluate, Measured, Refused
 
 POPULATION = 12
 SPREAD = 5.0
@@ -90,7 +90,10 @@ class Search:
         if not self._study.trials:
             for genome in space.seeds():
                 self._study.enqueue_trial(genome)
-        self.tried = [Tried.from_row(row) for trial in self._study.trials if (row := trial.user_attrs.get("tried"))]
+        said = [trial.user_attrs for trial in self._study.trials]
+        self.tried = [Tried.from_row(attributes["tried"]) for attributes in said if "tried" in attributes]
+        self.refused: dict[str, str] = dict(attributes["refused"] for attributes in said if "refused" in attributes)
+        """Why plans could not be followed, by plan_id."""
 
     def run(self, most_trials: int, ends: float, say: Callable[[Tried], None] = lambda tried: None) -> str:
         """Try plans until there are `most_trials`, or until `ends`, a time of time.monotonic; why it stopped."""
@@ -102,9 +105,11 @@ class Search:
             repeated = 0 if asked else repeated + self.width
             if repeated >= MOST_REPEATED:
                 return "nothing new"
-            for trial, tried in zip(asked, self._try([plan for _, plan in asked]), strict=True):
-                self._tell(trial[0], tried)
-                say(tried)
+            for (trial, plan), found in zip(asked, self._try([plan for _, plan in asked]), strict=True):
+                if isinstance(found, Refused):
+                    self._refuse(trial, plan, found.why)
+                else:
+                    say(self._tell(trial, found))
         return "trials"
 
     def within(self) -> list[Tried]:
@@ -122,29 +127,37 @@ class Search:
 
     def _ask(self) -> tuple[Any, SamplerPlan] | None:
         """The next trial with its plan; None where it is one that is known, or that the checkpoint cannot follow."""
-        import optuna
-
         trial = self._study.ask(_distributions(self.space.dimensions))
         plan = self.space.plan(trial.params)
         known = next((tried for tried in self.tried if tried.plan.plan_id == plan.plan_id), None)
         if known is not None:
             self._say(trial, known)
             return None
-        if not self.follows(plan):
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        if plan.plan_id in self.refused or not self.follows(plan):
+            self._refuse(trial, plan, self.refused.get(plan.plan_id, "the checkpoint cannot follow it"))
             return None
         return trial, plan
 
-    def _try(self, plans: Sequence[SamplerPlan]) -> list[Tried]:
+    def _try(self, plans: Sequence[SamplerPlan]) -> list[Tried | Refused]:
         """Batch by batch, then two at a time, then four: a plan that surely misses the budget is given up between."""
         parts: list[list[Measured]] = [[] for _ in plans]
+        refused: dict[int, Refused] = {}
         alive = list(range(len(plans)))
         for rung in _rungs(len(self.reference)):
+            if not alive:
+                break
             found = self.evaluate([(plans[number], at) for number in alive for at in rung])
             for place, number in enumerate(alive):
-                parts[number] += found[place * len(rung) : (place + 1) * len(rung)]
-            alive = [number for number in alive if not self._is_hopeless(parts[number])]
-        return [self._tried(plan, measured) for plan, measured in zip(plans, parts, strict=True)]
+                for each in found[place * len(rung) : (place + 1) * len(rung)]:
+                    if isinstance(each, Refused):
+                        refused[number] = each
+                    else:
+                        parts[number].append(each)
+            alive = [number for number in alive if number not in refused and not self._is_hopeless(parts[number])]
+        return [
+            refused[at] if at in refused else self._tried(plan, measured)
+            for at, (plan, measured) in enumerate(zip(plans, parts, strict=True))
+        ]
 
     def _is_hopeless(self, parts: Sequence[Measured]) -> bool:
         return surely_misses(
@@ -164,11 +177,19 @@ class Search:
             whole=len(parts) == len(self.reference),
         )
 
-    def _tell(self, trial: Any, tried: Tried) -> None:
+    def _tell(self, trial: Any, tried: Tried) -> Tried:
         tried = replace(tried, number=len(self.tried))
         self.tried.append(tried)
         trial.set_user_attr("tried", tried.as_row())
         self._say(trial, tried)
+        return tried
+
+    def _refuse(self, trial: Any, plan: SamplerPlan, why: str) -> None:
+        import optuna
+
+        self.refused[plan.plan_id] = why
+        trial.set_user_attr("refused", [plan.plan_id, why])
+        self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
 
     def _say(self, trial: Any, tried: Tried) -> None:
         trial.set_constraint("budget", tried.loss - self.budget.nearly)

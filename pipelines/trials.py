@@ -97,13 +97,20 @@ class Measured:
 
     @staticmethod
     def joined(parts: Sequence[Measured]) -> Measured:
-        columns = [
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("scores", "seconds", "evaluations")
-        ]
-        return Measured(*columns, max(part.nfe for part in parts))
+        def column(name: str) -> np.ndarray:
+            return np.concatenate([getattr(part, name) for part in parts])
+
+        return Measured(column("scores"), column("seconds"), column("evaluations"), max(part.nfe for part in parts))
 
 
-Evaluate = Callable[[Sequence[tuple[SamplerPlan, int]]], list[Measured]]
+@dataclass(frozen=True)
+class Refused:
+    """Why a plan cannot be followed on this machine: what it would keep is more than may be kept, for one."""
+
+    why: str
+
+
+Evaluate = Callable[[Sequence[tuple[SamplerPlan, int]]], list[Measured | Refused]]
 """Each plan on the batch of prompts of this number: `measure`, one after another or many at once."""
 
 
@@ -129,6 +136,8 @@ def measure_reference(prompts: Prompts, evaluate: Evaluate) -> list[Measured]:
 
         def make(at: int = at) -> Batch:
             (found,) = evaluate([(prompts.reference, at)])
+            if isinstance(found, Refused):
+                raise UserError(found.why)
             return {**vars(found), "nfe": np.array(found.nfe)}
 
         kept = _kept(prompts, f"reference-{at}", make)
@@ -267,6 +276,6 @@ def _kept(prompts: Prompts, name: str, make: Callable[[], Batch]) -> Batch:
     if not file.exists():
         made = make()
         with replacing(file) as out:
-            np.savez(out, **made)
+            np.savez(out, **made)  # type: ignore[arg-type]
     with np.load(file) as found:
         return {key: found[key] for key in found.files}

@@ -35,7 +35,7 @@ from pipelines.records import expand_rows, unique_records
 from pipelines.resolve import Resolved, code_version
 from pipelines.sampling import sampler_keys
 from pipelines.search import Search, Tried
-from pipelines.trials import Evaluate, Measured, Prompts, measure, measure_reference, space
+from pipelines.trials import Evaluate, Measured, Prompts, Refused, measure, measure_reference, space
 from stages.batch import Batch, Stage, texts
 from stages.judge import JudgeQuality
 from stages.score import ScoreMedia
@@ -51,7 +51,14 @@ Pool = Callable[[Prompts], Evaluate]
 
 def here(prompts: Prompts) -> Evaluate:
     """In this process, one after another."""
-    return lambda asked: [measure(prompts, plan, at) for plan, at in asked]
+
+    def one(plan: SamplerPlan, at: int) -> Measured | Refused:
+        try:
+            return measure(prompts, plan, at)
+        except UserError as error:
+            return Refused(str(error))
+
+    return lambda asked: [one(plan, at) for plan, at in asked]
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """How a search ended. `plan` is None where no plan kept the budget."""
+    """How a search ended. `plan` is None where no plan kept the budget.
+
+    refused: cheaper plans that missed it on prompts that the search did not see. not_followed: why others could not be tried.
+    """
 
     stopped_by: str
     tried: int
@@ -82,17 +92,20 @@ class Result:
     plan: PlanFile | None
     refused: tuple[str, ...]
     files: dict[str, str]
+    not_followed: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         plan = None if self.plan is None else self.plan.model_dump(mode="json")
-        own = ("stopped_by", "tried", "within", "files")
-        return {**{name: getattr(self, name) for name in own}, "refused": list(self.refused), "plan": plan}
+        own = ("stopped_by", "tried", "within", "refused", "not_followed", "files")
+        return {**{name: getattr(self, name) for name in own}, "plan": plan}
 
     def lines(self) -> list[str]:
         """What a person reads at the end."""
         said = [
             f"{self.tried} plans tried ({self.stopped_by}), {self.within} of them within the budget on the search's prompts"
         ]
+        if self.not_followed:
+            said.append(f"  {len(self.not_followed)} others could not be followed, the first: {self.not_followed[0]}")
         said += [f"  refused: {why}" for why in self.refused]
         if self.plan is None:
             said.append("no plan kept the budget on prompts that the search did not see; search longer, or allow more")
@@ -135,56 +148,75 @@ def tune(run: Resolved, budget: QualityBudget, settings: Settings, folder: Path,
     stopped_by = search.run(
         settings.trials, time.monotonic() + settings.seconds, lambda tried: say(_told(tried, budget, plain.cost))
     )
-    files = {"table": str(folder / f"{stem}.csv"), "plot": str(folder / f"{stem}.svg")}
-    _write(files["table"], trials_csv(search.tried, {each.number for each in search.front()}))
-    plan, refused = _held_out(run, budget, search, unseen, pool, generator, say)
-    winner = None if plan is None else plan[1]
-    _write(files["plot"], pareto_svg(search.tried, search.front(), budget, plain.cost, winner))
-    if plan is not None:
-        made = plan[0].made | {"calibration": len(seen), "tried": len(search.tried), "stopped_by": stopped_by}
-        found = plan[0].model_copy(update={"made": made})
-        files = {"plan": str(folder / f"{stem}.json"), **files}
-        _write(files["plan"], found.model_dump_json(indent=2) + "\n")
-        return Result(stopped_by, len(search.tried), len(search.within()), found, refused, files)
-    return Result(stopped_by, len(search.tried), len(search.within()), None, refused, files)
+    winner, refused = _held_out(budget, search, unseen, pool, say)
+    files = {"plan": folder / f"{stem}.json", "table": folder / f"{stem}.csv", "plot": folder / f"{stem}.svg"}
+    front = search.front()
+    _write(files["table"], trials_csv(search.tried, {each.number for each in front}))
+    _write(files["plot"], pareto_svg(search.tried, front, budget, plain.cost, None if winner is None else winner.tried))
+    plan = None
+    if winner is not None:
+        plan = PlanFile(
+            model=run.spec.generators[0].model,
+            generator_id=generator,
+            **bucket.model_dump(include={"height", "width", "num_frames"}),
+            budget=budget,
+            sampler=sampler_keys(winner.tried.plan),
+            reference=sampler_keys(seen.reference),
+            held_out=winner.held,
+            made={
+                "code_version": code_version(),
+                "batch_size": seen.batch_size,
+                "calibration": len(seen),
+                "tried": len(search.tried),
+                "refused": len(refused),
+                "stopped_by": stopped_by,
+            },
+        )
+        _write(files["plan"], plan.model_dump_json(indent=2) + "\n")
+    else:
+        del files["plan"]
+    names = {name: str(file) for name, file in files.items()}
+    return Result(
+        stopped_by=stopped_by,
+        tried=len(search.tried),
+        within=len(search.within()),
+        plan=plan,
+        refused=tuple(refused),
+        files=names,
+        not_followed=tuple(search.refused.values()),
+    )
+
+
+@dataclass(frozen=True)
+class _Winner:
+    tried: Tried
+    held: Held
 
 
 def _held_out(
-    run: Resolved, budget: QualityBudget, search: Search, prompts: Prompts, pool: Pool, generator: str, say: Say
-) -> tuple[tuple[PlanFile, Tried] | None, tuple[str, ...]]:
-    """The cheapest plan that keeps the budget on prompts that the search did not see, and why cheaper ones were refused.
-
-    Batch after batch of the plan stands beside one of the reference, so that a busy hour of the machine is both's.
-    """
+    budget: QualityBudget, search: Search, prompts: Prompts, pool: Pool, say: Say
+) -> tuple[_Winner | None, list[str]]:
+    """The cheapest plan that keeps the budget on prompts that the search did not see, and why cheaper ones were refused."""
     evaluate = pool(prompts)
+    plain: Measured | None = None
     refused: list[str] = []
-    batches = range(len(prompts.batches))
     for tried in islice(_distinct(search.within()), MOST_HELD_OUT):
-        found = evaluate([(plan, at) for at in batches for plan in (prompts.reference, tried.plan)])
-        plain, ours = Measured.joined(found[::2]), Measured.joined(found[1::2])
+        plain = plain or Measured.joined(measure_reference(prompts, evaluate))
+        found = evaluate([(tried.plan, at) for at in range(len(prompts.batches))])
+        if why := next((each.why for each in found if isinstance(each, Refused)), ""):
+            refused.append(f"{summary(tried.plan)}: {why}")
+            continue
+        ours = Measured.joined([each for each in found if isinstance(each, Measured)])
         loss = lost(budget, ours.scores, plain.scores)
-        low, high = interval(budget, ours.scores, plain.scores)
         said = f"{summary(tried.plan)}: {budget.in_words(loss)} on {len(prompts)} prompts that the search did not see"
         say(said)
         if loss > budget.most:
             refused.append(said)
             continue
-        bucket = run.spec.buckets[0]
+        low, high = interval(budget, ours.scores, plain.scores)
         held = Held(samples=len(prompts), loss=loss, low=low, high=high, cost=_cost(ours), reference_cost=_cost(plain))
-        file = PlanFile(
-            model=run.spec.generators[0].model,
-            generator_id=generator,
-            height=bucket.height,
-            width=bucket.width,
-            num_frames=bucket.num_frames,
-            budget=budget,
-            sampler=sampler_keys(tried.plan),
-            reference=sampler_keys(prompts.reference),
-            held_out=held,
-            made={"code_version": code_version(), "refused": len(refused), "batch_size": prompts.batch_size},
-        )
-        return (file, tried), tuple(refused)
-    return None, tuple(refused)
+        return _Winner(tried, held), refused
+    return None, refused
 
 
 def _distinct(tried: Sequence[Tried]) -> Iterator[Tried]:
@@ -285,6 +317,6 @@ def _judging(run: Resolved) -> tuple[Stage, ...]:
     return (*before, replace(judge, screen=None))
 
 
-def _write(name: str, text: str) -> None:
-    with replacing(Path(name)) as file:
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as file:
         file.write(text.encode())

@@ -16,7 +16,7 @@ from pipelines.pareto import pareto_svg, trials_csv
 from pipelines.quality import QualityBudget, interval, lost, parse_budget, surely_misses, weighed
 from pipelines.sampling import Sampler, planned, sampler_keys, sampler_plan
 from pipelines.search import Search, Tried
-from pipelines.trials import Evaluate, Measured
+from pipelines.trials import Evaluate, Measured, Refused
 
 BASE = SamplerPlan(num_inference_steps=20, guidance_scale=1.75)
 BUDGET = QualityBudget(judge=0.02)
@@ -36,7 +36,7 @@ def measured(plan: SamplerPlan, at: int) -> Measured:
 
 
 def counting(seen: list[tuple[str, int]]) -> Evaluate:
-    def evaluate(asked: Sequence[tuple[SamplerPlan, int]]) -> list[Measured]:
+    def evaluate(asked: Sequence[tuple[SamplerPlan, int]]) -> list[Measured | Refused]:
         seen.extend((plan.plan_id, at) for plan, at in asked)
         return [measured(plan, at) for plan, at in asked]
 
@@ -101,7 +101,7 @@ def test_the_cheapest_plan_within_the_budget_is_found_and_hopeless_ones_end_earl
 def test_a_search_goes_on_where_it_was_killed(search: Callable[..., Search], tmp_path: Path) -> None:
     seen: list[tuple[str, int]] = []
 
-    def dies(asked: Sequence[tuple[SamplerPlan, int]]) -> list[Measured]:
+    def dies(asked: Sequence[tuple[SamplerPlan, int]]) -> list[Measured | Refused]:
         if len(seen) > 40:
             raise KeyboardInterrupt
         return counting(seen)(asked)
@@ -118,6 +118,19 @@ def test_a_search_goes_on_where_it_was_killed(search: Callable[..., Search], tmp
     assert {plan_id for plan_id, _ in seen}.isdisjoint(tried.plan.plan_id for tried in first.tried)
     assert len({tried.plan.plan_id for tried in again.tried}) == len(again.tried) == 30
     assert search(counting(seen)).run(30, time.monotonic() + 300) == "trials"
+
+
+def test_a_plan_that_this_machine_cannot_follow_ends_no_search(search: Callable[..., Search]) -> None:
+    def small(asked: Sequence[tuple[SamplerPlan, int]]) -> list[Measured | Refused]:
+        return [
+            Refused("layout.max_cache_bytes: too much") if plan.accelerate else measured(plan, at) for plan, at in asked
+        ]
+
+    found = search(small)
+    found.run(20, time.monotonic() + 300)
+    assert set(found.refused.values()) == {"layout.max_cache_bytes: too much"}
+    assert len(found.tried) == 20 and not any(tried.plan.accelerate for tried in found.tried)
+    assert search(small).refused == found.refused
 
 
 def test_several_plans_at_once_are_measured_as_one_by_one(search: Callable[..., Search]) -> None:

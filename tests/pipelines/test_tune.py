@@ -19,7 +19,7 @@ from pipelines.quality import QualityBudget, weighed
 from pipelines.resolve import Resolved, resolve_spec
 from pipelines.run import open_dataset
 from pipelines.spec import absolute_paths, parse_spec
-from pipelines.trials import Evaluate, Measured, Prompts, measure, space
+from pipelines.trials import Evaluate, Measured, Prompts, Refused, measure, space
 from pipelines.tune import Settings, _prompts, tune
 
 BUDGET = QualityBudget(psnr=25)
@@ -53,8 +53,8 @@ def by_steps(overfitted: int = 0) -> Callable[[Prompts], Evaluate]:
         sets.append(prompts.digest)
         is_new = len(set(sets)) > 1
 
-        def evaluate(asked: Sequence[tuple[SamplerPlan, int]]) -> list[Measured]:
-            made = []
+        def evaluate(asked: Sequence[tuple[SamplerPlan, int]]) -> list[Measured | Refused]:
+            made: list[Measured | Refused] = []
             for plan, at in asked:
                 steps, rows = plan.num_inference_steps, len(prompts.batches[at]["prompt"])
                 psnr = 20 + steps - (10 if is_new and steps == overfitted else 0)
