@@ -168,7 +168,7 @@ def find_plans(
 
 
 def _is_within(plan: PlanFile, budget: QualityBudget) -> bool:
-    return plan.budget.measure == budget.measure and plan.held_out.loss <= budget.most
+    return plan.budget.measure == budget.measure and budget.allows(plan.held_out.loss)
 
 
 def _shape(plan: PlanFile) -> str:

@@ -15,6 +15,8 @@ Measure = Literal["accuracy", "judge", "psnr"]
 MEASURES: tuple[Measure, ...] = ("accuracy", "judge", "psnr")
 KEY = "--budget"
 LEAST = 4
+"""Samples."""
+ROUNDING = 1e-9
 
 
 class QualityBudget(Section):
@@ -49,6 +51,10 @@ class QualityBudget(Section):
 
     def __str__(self) -> str:
         return f"{self.measure}={getattr(self, self.measure):g}"
+
+    def allows(self, loss: float) -> bool:
+        """Whether a loss is within the budget, which one of exactly so much is."""
+        return loss <= self.most + ROUNDING
 
     @property
     def nearly(self) -> float:
@@ -98,11 +104,9 @@ def interval(budget: QualityBudget, ours: np.ndarray, theirs: np.ndarray) -> tup
 
 def surely_misses(budget: QualityBudget, ours: np.ndarray, theirs: np.ndarray) -> bool:
     """Whether even the favourable end of the interval is outside of the budget; of fewer than LEAST samples none is sure."""
-    return (
-        len(ours) >= LEAST
-        and lost(budget, ours, theirs) > budget.most
-        and interval(budget, ours, theirs)[0] > budget.most
-    )
+    if len(ours) < LEAST or budget.allows(lost(budget, ours, theirs)):
+        return False
+    return not budget.allows(interval(budget, ours, theirs)[0])
 
 
 def _mean(values: np.ndarray) -> float:

@@ -114,7 +114,7 @@ class Search:
 
     def within(self) -> list[Tried]:
         """Plans that kept the budget on all prompts, the cheapest first."""
-        kept = [tried for tried in self.tried if tried.whole and tried.loss <= self.budget.most]
+        kept = [tried for tried in self.tried if tried.whole and self.budget.allows(tried.loss)]
         return sorted(kept, key=lambda tried: (tried.seconds, tried.evaluations))
 
     def front(self) -> list[Tried]:

@@ -210,7 +210,7 @@ def _held_out(
         loss = lost(budget, ours.scores, plain.scores)
         said = f"{summary(tried.plan)}: {budget.in_words(loss)} on {len(prompts)} prompts that the search did not see"
         say(said)
-        if loss > budget.most:
+        if not budget.allows(loss):
             refused.append(said)
             continue
         low, high = interval(budget, ours.scores, plain.scores)
