@@ -28,6 +28,7 @@ os.environ.setdefault("DITMILL_LOG_LEVEL", "ERROR")  # that a technique skips no
 
 import numpy as np
 
+from infra.telemetry import configure
 from models.loading import GeneratorRef
 from models.plan import SamplerPlan
 from models.source import resolve
@@ -43,6 +44,7 @@ from tests.bench.support.pack_parts import batches, held_out
 
 def main() -> None:
     options = _arguments()
+    configure()
     if options.gpu:
         from tests.bench.support.gpu_sampler import bench
 

@@ -47,10 +47,10 @@ def arms_of(
 ) -> list[Sampled]:
     """The baselines first; then fewer steps, each technique alone at two settings, and combinations."""
     full = SamplerPlan(num_inference_steps=50, guidance_scale=guidance)
-    usual, short = (replace(full, num_inference_steps=count) for count in (steps, few))
+    loop, usual, short = (replace(full, num_inference_steps=count) for count in (20, steps, few))
     made = [
         Sampled(FULL, ref, full, kind="baseline"),
-        Sampled(USUAL, ref, _with(usual, {"technique": "first_block"}), kind="baseline"),
+        Sampled(USUAL, ref, _with(loop, {"technique": "first_block"}), kind="baseline"),
     ]
     made += [
         Sampled(f"{count} steps", ref, replace(full, num_inference_steps=count), kind="fewer steps")
