@@ -23,6 +23,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the spec, such as layout.batch_size=4."),
 ]
+Replan = Annotated[bool, typer.Option("--replan", help="Resolve sampler.plan anew, whatever the dataset keeps of it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import releases
+from flows import releases, tune
 from flows.arguments import (
     AsJson,
     Dataset,
     Overrides,
+    Replan,
     SpecPath,
     refusal_of,
     spec_of,
@@ -111,6 +112,7 @@ def plan(
     spec_path: SpecPath,
     overrides: Overrides = None,
     calibrate: Annotated[bool, typer.Option(help="Time one small batch in this process for the estimate.")] = True,
+    replan: Replan = False,
     as_json: AsJson = False,
 ) -> None:
     """What would run, what it would cost, and what differs from what the dataset holds. Runs nothing."""
@@ -118,7 +120,7 @@ def plan(
     from pipelines.plan import make_plan, render
     from pipelines.spec import load_spec
 
-    found = make_plan(load_spec(spec_path, overrides), calibrate=calibrate)
+    found = make_plan(load_spec(spec_path, overrides), calibrate=calibrate, replan=replan)
     print(json.dumps(found.as_dict(), indent=2) if as_json else printable(render(found, str(spec_path))))
 
 
@@ -128,19 +130,28 @@ def run(
     overrides: Overrides = None,
     retry_failed: Annotated[bool, typer.Option(help="Try samples again that failed before.")] = False,
     retry_early: Annotated[bool, typer.Option(help="Finish samples that sampler.early_reject stopped.")] = False,
+    replan: Replan = False,
     as_json: AsJson = False,
 ) -> None:
     """Plan, run, commit and report. Running it again resumes."""
     from pipelines.spec import load_spec
 
-    _run(load_spec(spec_path, overrides), as_json=as_json, retry_failed=retry_failed, retry_early=retry_early)
+    _run(
+        load_spec(spec_path, overrides),
+        as_json=as_json,
+        retry_failed=retry_failed,
+        retry_early=retry_early,
+        replan=replan,
+    )
 
 
-def _run(spec: Spec, as_json: bool, retry_failed: bool = False, retry_early: bool = False) -> None:
+def _run(
+    spec: Spec, as_json: bool, retry_failed: bool = False, retry_early: bool = False, replan: bool = False
+) -> None:
     from flows.session import run_flow
 
     try:
-        code = run_flow(spec, as_json=as_json, retry_failed=retry_failed, retry_early=retry_early)
+        code = run_flow(spec, as_json=as_json, retry_failed=retry_failed, retry_early=retry_early, replan=replan)
     except KeyboardInterrupt:
         print("ditmill: interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None
@@ -169,7 +180,7 @@ def deploy(
     if clock:
         clock += [f"schedule.{key}=null" for key, value in (("cron", cron), ("every", every)) if not value]
     # Models are looked up here: a mistake is told now and not at night.
-    spec = resolve_spec(load_spec(spec_path, [*(overrides or []), *clock])).spec
+    spec = resolve_spec(load_spec(spec_path, [*(overrides or []), *clock])).portable_spec
     from flows import deploy as deployments
 
     if serve:
@@ -298,6 +309,7 @@ def annotate(
 app.command()(releases.release)
 app.command(epilog=releases.FORMATS_LISTED)(releases.export)
 app.command()(releases.distill)
+app.command()(tune.tune)
 
 
 @app.command()

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 REAL_CHECKPOINT = "ditmill run pipelines/examples/wan-1.3b.yaml   # a real checkpoint, on one GPU"
 
 
-def run_flow(spec: Spec, as_json: bool, retry_failed: bool = False, retry_early: bool = False) -> int:
+def run_flow(
+    spec: Spec, as_json: bool, retry_failed: bool = False, retry_early: bool = False, replan: bool = False
+) -> int:
     """Run `spec` to its end; the exit code."""
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     from pipelines.differences import difference
@@ -35,11 +37,13 @@ def run_flow(spec: Spec, as_json: bool, retry_failed: bool = False, retry_early:
 
     configure()
     shown = Console(as_json)
-    resolved = resolve_spec(spec)
+    resolved = resolve_spec(spec, replan=replan)
     with reaching(resolved.storage.root):
         check_dataset(resolved)
         now = find_thresholds(resolved)
         found = difference(now)
+    if resolved.chosen is not None:
+        shown.say(str(resolved.chosen))
     for line in told(now):
         shown.say(line)
     for line in found.lines(resolved.storage.root):

@@ -22,7 +22,7 @@ from models.conditions import encode_texts, text_length
 from models.decoding import SCALING, decode, scaling_of
 from models.early import Early, check_early, check_look, looking
 from models.evaluations import Evaluations
-from models.families import GUIDANCE, Family, family_of
+from models.families import DENOISERS, GUIDANCE, Family, family_of
 from models.hand_off import handing_off, load_teacher
 from models.loading import GeneratorRef, Part, denoiser_of, load_pipeline, loaded_by_ranks, read_index
 from models.parallel.schedule import block_error
@@ -65,6 +65,11 @@ class Generator:
     def batches(self) -> bool:
         """Are samples denoised together? If not, padding a batch would only cost time."""
         return self.family is not None and self.family.batches
+
+    @property
+    def denoisers(self) -> list[Any]:
+        """The network that is evaluated at each step, or the two experts of a family that has two."""
+        return [found for name in DENOISERS if (found := getattr(self._pipe("sample"), name, None)) is not None]
 
     def load(self, part: Part) -> None:
         """Load what `part` computes with; calling it again costs nothing."""

@@ -23,9 +23,11 @@ from pipelines.calibrate import Calibration, Look
 from pipelines.dedup import RecordReport
 from pipelines.differences import Difference, difference
 from pipelines.placement import Group
+from pipelines.plan_file import Chosen
 from pipelines.records import unique_records
-from pipelines.resolve import Resolved, resolve_spec, sampler_plan
+from pipelines.resolve import Resolved, resolve_spec
 from pipelines.run import check_dataset, sample_groups
+from pipelines.sampling import sampler_plan
 from pipelines.sizes import in_words, known_shape, planned_bytes
 from pipelines.spec import Bucket, Spec, absolute_paths
 from pipelines.teacher import named_teacher
@@ -66,6 +68,8 @@ class PlanReport:
     """Of those that are found from data, what was found."""
     nbytes: Mapping[str, float] = field(default_factory=dict)
     """Of the new samples by kind, if all are accepted; empty where it is not known."""
+    chosen: Chosen | None = None
+    """What `sampler.plan` was resolved to."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -91,13 +95,17 @@ class PlanReport:
             "missing_models": list(self.missing),
             "warnings": list(self.warnings),
             "thresholds": list(self.thresholds),
+            "chosen_plan": self.chosen and self.chosen.as_dict(),
             "bytes": dict(self.nbytes),
             "estimate": None if self.estimate is None else asdict(self.estimate),
         }
 
 
-def make_plan(spec: Spec, calibrate: bool = True) -> PlanReport:
-    """Plan a spec. Reads prompts, tables and models that are here; fetches nothing and writes nothing to the dataset."""
+def make_plan(spec: Spec, calibrate: bool = True, replan: bool = False) -> PlanReport:
+    """Plan a spec. Reads prompts, tables and models that are here; fetches nothing and writes nothing to the dataset.
+
+    `replan` as `pipelines.resolve.resolve_spec` has it.
+    """
     spec = absolute_paths(spec)
     records = RecordReport()
     missing = tuple(model for model, revision in _models(spec) if not is_here(model, revision))
@@ -108,10 +116,10 @@ def make_plan(spec: Spec, calibrate: bool = True) -> PlanReport:
         planned = count * variants * spec.samples_per_prompt * len(spec.generators)
         if spec.target.samples is not None:
             planned = min(planned, spec.target.samples)
-        sampler_plan(spec)
+        sampler_plan(spec.sampler)
         nbytes = planned_bytes(spec, planned, partial(known_shape, spec))
         return PlanReport(spec, records, planned, None, (), _stated(spec, missing), missing, None, nbytes=nbytes)
-    run = resolve_spec(spec)
+    run = resolve_spec(spec, replan=replan)
     with reaching(run.storage.root):
         check_dataset(run)
         run = find_thresholds(run)
@@ -124,7 +132,18 @@ def make_plan(spec: Spec, calibrate: bool = True) -> PlanReport:
     warnings = tuple(unknown_lines(run, _first_prompts(spec)))
     said = tuple(told(run))
     return PlanReport(
-        spec, records, found.planned, found, groups, dict(run.licences), (), estimate, warnings, said, nbytes
+        run.spec,
+        records,
+        found.planned,
+        found,
+        groups,
+        dict(run.licences),
+        (),
+        estimate,
+        warnings,
+        said,
+        nbytes,
+        run.chosen,
     )
 
 
@@ -190,6 +209,8 @@ def render(plan: PlanReport, name: str) -> str:
         lines.append(
             f"  licence of {model}: {licence.name}; may outputs train others? {licence.may_train} ({licence.why})"
         )
+    if plan.chosen is not None:
+        lines.append(f"  {plan.chosen}")
     lines += [f"  {line}" for line in plan.thresholds]
     lines += [f"  warning: {warning}" for warning in plan.warnings]
     if plan.missing:

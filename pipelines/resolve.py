@@ -14,7 +14,6 @@ from uuid import uuid4
 
 from infra.errors import UserError
 from infra.storage import Storage
-from models.accelerate.registry import canonical
 from models.accelerate.registry import check as check_techniques
 from models.early import check_early
 from models.endpoint_client import EndpointRef
@@ -30,13 +29,16 @@ from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
 from models.viewer import ViewerRef
 from models.vllm import VllmRef
+from pipelines.chosen_plan import with_chosen_plan
 from pipelines.decomposer import decomposer_of
 from pipelines.early_reject import early_reject
 from pipelines.expander import Expander, expander_of
 from pipelines.identity import generator_id
 from pipelines.kept import kept_states
 from pipelines.operating_point import OperatingPoint
+from pipelines.plan_file import Chosen
 from pipelines.refusals import check_licences, check_oracle
+from pipelines.sampling import sampler_plan
 from pipelines.spec import Spec, absolute_paths
 from pipelines.teacher import teacher_of
 from pipelines.viewer_refs import version_of, viewer_of
@@ -77,6 +79,14 @@ class Resolved:
     early: EarlyReject | None = None
     points: tuple[OperatingPoint, ...] = ()
     """Thresholds that were found from data (see pipelines.thresholds)."""
+    chosen: Chosen | None = None
+    """Where the sampler's keys are from, where `sampler.plan` says so."""
+
+    @property
+    def portable_spec(self) -> Spec:
+        """The spec with the plan's keys and without its file, for machines where that does not lie."""
+        sampler = self.spec.sampler.model_copy(update={"plan": None, "budget": None})
+        return self.spec.model_copy(update={"sampler": sampler})
 
     def again(self) -> Resolved:
         """The same as a run of its own: a run id that was swept cannot commit any more."""
@@ -238,10 +248,14 @@ class Resolved:
         return any(isinstance(ref, (MultimodalRef, VllmRef, LanguageRef)) for ref in refs)
 
 
-def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
-    """Look up everything a spec names. UserErrors name the key that is wrong."""
+def resolve_spec(spec: Spec, run_id: str | None = None, replan: bool = False) -> Resolved:
+    """Look up everything a spec names. UserErrors name the key that is wrong.
+
+    `replan`: `sampler.plan` too, whatever the dataset keeps of it.
+    """
     spec = absolute_paths(spec)
     storage = storage_of(spec)
+    spec, chosen = with_chosen_plan(spec, storage, replan)
     rubric = load_rubric(spec.judge.rubric)
     decomposer = decomposer_of(spec)
     if spec.judge.decompose is not None:
@@ -251,7 +265,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         check_screen(rubric, spec.judge.screen.questions if spec.judge.screen else ())
     if spec.judge.backend == "oracle":
         check_oracle(rubric)
-    plan = sampler_plan(spec)
+    plan = sampler_plan(spec.sampler)
     degrees = Degrees(**spec.layout.parallel.model_dump())
     generators, facts, ids = [], [], []
     licences: dict[str, Licence] = {}
@@ -343,6 +357,7 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         expander=expander,
         licences=tuple(licences.items()),
         early=early_reject(spec, rubric, viewers["judge"], viewers["judge.screen"]),
+        chosen=chosen,
     )
     run.captioning()  # refuses a schema that it cannot use
     return run
@@ -350,24 +365,6 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
 
 def storage_of(spec: Spec) -> Storage:
     return Storage(spec.output.uri.rstrip("/"), **spec.output.storage.model_dump())
-
-
-def sampler_plan(spec: Spec) -> SamplerPlan:
-    sampler = spec.sampler
-    blocks = sampler.dualparal
-    return SamplerPlan(
-        scheduler=sampler.scheduler,
-        num_inference_steps=sampler.num_inference_steps,
-        guidance_scale=sampler.guidance_scale,
-        shift=sampler.shift,
-        max_sequence_length=sampler.max_sequence_length,
-        dtype=sampler.dtype,
-        accelerate=canonical(sampler.accelerate),
-        blocks=None if blocks is None else (blocks.frames, blocks.context),
-        scenes=None if blocks is None or blocks.scenes is None else (blocks.scenes, blocks.fade),
-        sigmas=sampler.sigmas,
-        solver_order=sampler.solver_order,
-    )
 
 
 def new_run_id() -> str:

@@ -39,7 +39,10 @@ LIBRARIES = ("torch", "diffusers", "transformers", "ray", "prefect", "deltalake"
 
 
 def open_dataset(run: Resolved) -> None:
-    """Write `dataset.json`, or check that the dataset there is of this recipe and keeps the same tensors."""
+    """Write `dataset.json`, or check that the dataset there is of this recipe and keeps the same tensors.
+
+    Of what is there, only the plan that `sampler.plan` was resolved to is replaced, where it was resolved anew.
+    """
     spec = run.spec
     wanted = {
         "name": spec.name,
@@ -47,7 +50,7 @@ def open_dataset(run: Resolved) -> None:
         "recipe": spec.recipe,
         "tensors": dict(spec.output.tensors),
         **({"trajectory": _kept(run)} if spec.trajectory else {}),
-        "plan": None,
+        "plan": run.chosen and run.chosen.as_dict(),
         "ditmill": code_version(),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -55,6 +58,10 @@ def open_dataset(run: Resolved) -> None:
         if run.storage.create_bytes("dataset.json", json.dumps(wanted, indent=2).encode()):
             return
     check_dataset(run)
+    if run.chosen is not None and not run.chosen.kept:
+        found = read_dataset_json(run.storage) | {"plan": run.chosen.as_dict()}
+        with writing(redact(run.storage.root)):
+            run.storage.write_bytes("dataset.json", json.dumps(found, indent=2).encode())
 
 
 def check_dataset(run: Resolved) -> None:

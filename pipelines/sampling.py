@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from models.accelerate.registry import conflict, filled
+from models.accelerate.registry import canonical, conflict, filled
 from models.accelerate.settings import SettingError
+from models.plan import SamplerPlan
 from pipelines.operating_point import least_for
+from pipelines.quality import QualityBudget
 from pipelines.sections import Section
+
+PLAN_KEYS = (
+    "scheduler",
+    "num_inference_steps",
+    "guidance_scale",
+    "shift",
+    "max_sequence_length",
+    "sigmas",
+    "solver_order",
+    "accelerate",
+)
+"""Keys of `sampler` that a plan file says."""
 
 
 def _filled(value: Any) -> Any:
@@ -92,7 +108,14 @@ class Sampler(Section):
     """The sampler plan: what is meant to change the result."""
 
     plan: str | None = Field(
-        None, description="`auto`, or a plan file made by `ditmill tune`; its keys replace those below."
+        None,
+        min_length=1,
+        description="A plan file made by `ditmill tune`, or a folder of them, of which the cheapest for this checkpoint and"
+        " bucket is taken; `auto` is the folder `plans` beside the dataset. Its keys replace those below, once for a dataset"
+        " (see docs/acceleration.md).",
+    )
+    budget: QualityBudget | None = Field(
+        None, description="What the plan may lose; left out, that which it was tuned to."
     )
     scheduler: Literal["default", "unipc", "euler", "euler_trailing", "flow_match_euler", "dpmpp", "ddim"] = Field(
         "default",
@@ -127,9 +150,9 @@ class Sampler(Section):
     )
 
     @model_validator(mode="after")
-    def _not_yet(self) -> Sampler:
-        if self.plan:
-            raise ValueError("plan is not available in this version; remove it")
+    def _budget_is_of_a_plan(self) -> Sampler:
+        if self.budget is not None and self.plan is None:
+            raise SettingError("budget", "it chooses among plans, found no plan; add plan: auto, or remove it")
         return self
 
     @model_validator(mode="after")
@@ -153,3 +176,35 @@ class Sampler(Section):
         if said := conflict(self.accelerate):
             raise SettingError("accelerate", said)
         return self
+
+
+def planned(sampler: Sampler, keys: Mapping[str, Any]) -> Sampler:
+    """`sampler` with the keys of a plan file in the place of its own. pydantic's ValidationError where they are none."""
+    left = sampler.model_dump(exclude={*PLAN_KEYS})
+    return Sampler.model_validate(left | {name: keys[name] for name in PLAN_KEYS if name in keys})
+
+
+def sampler_keys(plan: SamplerPlan) -> dict[str, Any]:
+    """A plan as a spec's `sampler` says it; what it leaves to its defaults is left out."""
+    said = {name: getattr(plan, name) for name in PLAN_KEYS}
+    said["accelerate"] = [json.loads(item) for item in plan.accelerate]
+    said["sigmas"] = None if plan.sigmas is None else list(plan.sigmas)
+    return {name: value for name, value in said.items() if value is not None and value != []}
+
+
+def sampler_plan(sampler: Sampler) -> SamplerPlan:
+    """What the keys of a spec's `sampler` mean."""
+    blocks = sampler.dualparal
+    return SamplerPlan(
+        scheduler=sampler.scheduler,
+        num_inference_steps=sampler.num_inference_steps,
+        guidance_scale=sampler.guidance_scale,
+        shift=sampler.shift,
+        max_sequence_length=sampler.max_sequence_length,
+        dtype=sampler.dtype,
+        accelerate=canonical(sampler.accelerate),
+        blocks=None if blocks is None else (blocks.frames, blocks.context),
+        scenes=None if blocks is None or blocks.scenes is None else (blocks.scenes, blocks.fade),
+        sigmas=sampler.sigmas,
+        solver_order=sampler.solver_order,
+    )

@@ -193,5 +193,7 @@ def absolute_paths(spec: Spec, base: str | Path = ".") -> Spec:
     if prompts["path"] is not None:
         prompts["path"] = file(prompts["path"])
     prompts["exclude"] = [file(path) for path in prompts["exclude"]]
+    if data["sampler"]["plan"] not in (None, "auto"):
+        data["sampler"]["plan"] = file(data["sampler"]["plan"])
     data["output"]["uri"] = file(data["output"]["uri"])
     return Spec.model_validate(data)

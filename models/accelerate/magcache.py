@@ -90,17 +90,17 @@ class _Policy:
         return self.config.ratios[round(step * (known - 1) / max(1, steps - 1))]
 
 
-def calibrate(pipe: Any, sample: Callable[[], object]) -> tuple[float, ...]:
-    """The ratios of the denoiser of `pipe`, one a step, the first 1: mean over tokens, samples and branches.
+def calibrate(denoiser: Any, sample: Callable[[], object]) -> tuple[float, ...]:
+    """The ratios of a denoiser, one a step, the first 1: mean over tokens, samples and branches.
 
-    `sample` denoises some samples with it, by a plan of no technique whose steps, shift and guidance are those of the plan
-    that the ratios are for. Ratios change little from prompt to prompt; a batch of them is plenty.
+    `sample` denoises one batch with it, in one call of its pipeline, by a plan of no technique whose steps, shift and
+    guidance are those of the plan that the ratios are for. They change little from prompt to prompt; a batch is plenty.
     """
     from models.accelerate.stack import stacked
 
     course = Course(1, None)
     recorder = _Recorder()
-    with course.following(pipe.transformer), stacked(pipe.transformer, course, recorder, counts=False):
+    with course.following(denoiser), stacked(denoiser, course, recorder, counts=False):
         sample()
     if not recorder.found:
         raise RuntimeError("calibrate: the denoiser was not asked twice; `sample` has to denoise by this very pipeline")

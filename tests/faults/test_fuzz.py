@@ -22,7 +22,8 @@ from infra.schema import PROMPTS
 from infra.storage import Storage
 from pipelines.annotate import label
 from pipelines.records import resolve_prompts
-from pipelines.resolve import sampler_plan, storage_of
+from pipelines.resolve import storage_of
+from pipelines.sampling import sampler_plan
 from pipelines.spec import Spec, absolute_paths, load_spec, parse_spec
 from stages.rubric import check_thresholds, load_rubric
 
@@ -50,7 +51,7 @@ def check_spec(spec: Spec) -> None:
     try:
         spec = absolute_paths(spec)
         storage_of(spec)
-        sampler_plan(spec)
+        sampler_plan(spec.sampler)
         check_thresholds(load_rubric(spec.judge.rubric), spec.judge.bars)
     except UserError as error:
         one_line(error, 40)

@@ -18,7 +18,7 @@ DATA = REPO / "tests" / "data"
 
 COMMANDS = (
     "make", "init", "plan", "run", "status", "stop", "report", "verify", "regenerate", "annotate", "release", "export",
-    "distill", "models", "vacuum", "bench",
+    "distill", "tune", "models", "vacuum", "bench",
 )  # fmt: skip
 
 
@@ -121,7 +121,9 @@ def test_init_writes_a_json_schema(tmp_path: Path) -> None:
         (["plan", "s.yaml", "--set", "judge.rubric=nowhere.yaml"], "judge.rubric"),
         (["plan", "s.yaml", "--set", "judge.thresholds={beauty: 1}"], "judge.thresholds"),
         (["plan", "s.yaml", "--set", "budget.deadline=soon"], "budget.deadline"),
-        (["plan", "s.yaml", "--set", "sampler.plan=auto"], "sampler"),
+        (["plan", "s.yaml", "--set", "sampler.plan=auto"], "sampler.plan"),
+        (["tune", "s.yaml"], "--budget"),
+        (["tune", "s.yaml", "--budget", "quality=1"], "--budget"),
         (["plan", "s.yaml", "--set", "layout.parallel={vae: 2}"], "vae"),
         (["plan", "s.yaml", "--set", "layout.parallel={ulysses: 64}"], "64 ranks for"),
         (["plan", "s.yaml", "--set", "buckets=[{height: 33, width: 64}]"], "buckets"),

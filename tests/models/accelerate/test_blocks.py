@@ -205,8 +205,7 @@ def test_what_is_kept_is_reported_and_bounded(sampling: Any, plan_with: Plans) -
 
 def test_ratios_are_measured_on_the_checkpoint(sampling: Any, plain: Plain, plan_with: Plans) -> None:
     """One a step, and such that MagCache with them skips: of a random model the residual hardly changes."""
-    pipe = sampling.generator._pipe("sample")
-    ratios = calibrate(pipe, lambda: sampling(plan_with()))
+    ratios = calibrate(sampling.denoiser, lambda: sampling(plan_with()))
     assert len(ratios) == STEPS
     assert ratios[0] == 1
     assert all(0.5 < ratio < 2 for ratio in ratios)
@@ -217,7 +216,7 @@ def test_ratios_are_measured_on_the_checkpoint(sampling: Any, plain: Plain, plan
     assert savings.facts[0]["skipped"] == pytest.approx(4 / STEPS)
     assert np.abs(latents - plain(plan_with())).max() < 1
     with pytest.raises(RuntimeError, match="was not asked twice"):
-        calibrate(pipe, lambda: None)
+        calibrate(sampling.denoiser, lambda: None)
 
 
 def test_a_denoiser_that_is_not_what_a_technique_expects_is_an_error(sampling: Any, plan_with: Plans) -> None:
