@@ -17,6 +17,7 @@ from infra.tables import Table
 from pipelines.idset import IdSet
 from pipelines.text_commits import TextCommits
 from stages.batch import Batch
+from stages.index import IndexSources
 
 
 class Commits:
@@ -66,8 +67,11 @@ class Commits:
 
 
 def failures(storage: Storage, rows: pc.Expression | None, retry: bool) -> tuple[IdSet, dict[str, int]]:
-    """Samples that failed before, or where they are to be tried again their next attempt's number."""
+    """Samples that failed before, or where they are to be tried again their next attempt's number. Sources that failed are
+    none."""
     table = Table(storage, "failures")
+    samples = pc.field("stage") != IndexSources.name
+    rows = samples if rows is None else rows & samples
     if not retry:
         return IdSet(batch.column("sample_id") for batch in table.batches(["sample_id"], rows)), {}
     attempts: dict[str, int] = {}

@@ -29,6 +29,7 @@ from models.plan import SamplerPlan
 from models.source import content_sha256, resolve
 from models.viewer import ViewerRef
 from models.vllm import VllmRef
+from pipelines.clip_plan import CLIPS, clip_facts
 from pipelines.decomposer import decomposer_of
 from pipelines.expander import Expander, expander_of
 from pipelines.identity import generator_id
@@ -73,6 +74,11 @@ class Resolved:
     licences: tuple[tuple[str, Licence], ...]
     points: tuple[OperatingPoint, ...] = ()
     """Thresholds that were found from data (see pipelines.thresholds)."""
+
+    @property
+    def plan_id(self) -> str:
+        """Of what, beside the prompt, is meant to change a sample: the sampler plan, or how a clip is cut out."""
+        return self.facts[0].plan_id if self.spec.recipe == "curate" else self.plan.plan_id
 
     def again(self) -> Resolved:
         """The same as a run of its own: a run id that was swept cannot commit any more."""
@@ -307,6 +313,8 @@ def resolve_spec(spec: Spec, run_id: str | None = None) -> Resolved:
         handed = () if teacher is None else (teacher.steps, (teacher.sha256, teacher.guidance_scale))
         ids.append(generator_id(sha256, weights, *handed))
         licences[generator.model] = licence_of(folder, generator.model, (generator.licence, generator.may_train))
+    if spec.recipe == "curate":
+        facts, ids = [clip_facts(spec)], [CLIPS]
     looking = {"judge": spec.judge, "judge.screen": spec.judge.screen, "caption": spec.caption}
     viewers = {name: viewer_of(name, section, storage) for name, section in looking.items()}
     for viewer, section in zip(viewers.values(), looking.values(), strict=True):
