@@ -18,6 +18,7 @@ from models.pack.planted import FLAWS, Truth, plant
 from models.pack.world import render
 from pipelines import indexing
 from pipelines.differences import difference
+from pipelines.funnel import read_funnel, sweep
 from pipelines.resolve import Resolved
 from pipelines.run import open_dataset
 from pipelines.verify import verify
@@ -61,6 +62,14 @@ def test_flaws_that_need_no_model_are_found_and_nothing_else_is(planted: Path, t
             assert row["verdict"] == "accepted" or any("duplicate of" in why for why in row["reasons"])
     assert len(rows) == len({row["inputs"][0]["sha256"] for row in rows.values()})
     assert list(verify(run.storage)) == []
+    found = read_funnel(run.storage)
+    assert (found.listed, found.clips) == (COUNT, len(rows))
+    assert found.clips - found.kept == sum(step.count for step in found.removed)
+    counts = {step.name: step.count for step in found.removed}
+    assert counts["flicker > 12"] == counts["brightness < 20"] == 2
+    assert found.clip_seconds == pytest.approx(sum(row["num_frames"] / row["fps"] for row in rows.values()))
+    at_bound, none, every = sweep(run.storage, "flicker", "most", [12.0, 0.0, 255.0])
+    assert (at_bound.kept, none.kept, every.kept) == (found.kept, 0, found.kept + 2)
 
 
 def test_a_row_says_where_it_was_cut_and_claims_no_generator(planted: Path, tmp_path: Path) -> None:
