@@ -46,7 +46,7 @@ class Removed:
 
 @dataclass(frozen=True)
 class Funnel:
-    """`listed` files of `listed_seconds`, `clips` cut out of them, `kept` of these, and what was removed on the way, in order.
+    """`listed` files of `listed_seconds`, `clips` cut out of them, `kept` of these, and what was removed on the way.
 
     Seconds of files that nobody could read are not known, and not in `listed_seconds`.
     """

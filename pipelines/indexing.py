@@ -69,7 +69,7 @@ def commit_clips(run: Resolved, groups: Callable[[], tuple[Group, ...]], report:
         report.read, report.kept, report.bad = known["read"], known["kept"], known["bad"]
         return str(known["plan_file"])
     listed = _Indexing(run, report).run(groups)
-    plan_file = write_plan(run, _planned(run, listed, report))
+    plan_file = write_plan(run, planned(run, listed, report))
     if not report.kept:
         raise UserError(f"sources: no clip is left of {report.read} files ({report.bad} of them bad); see failures/")
     said = {"listing": listing_of(run.spec), "read": report.read, "kept": report.kept, "bad": report.bad}
@@ -262,7 +262,7 @@ def _failure_row(mine: str, item: Item, error_type: str, error: str) -> Row:
     }
 
 
-def _planned(run: Resolved, listed: IdSet, report: RecordReport) -> Iterator[pa.Table]:
+def planned(run: Resolved, listed: IdSet, report: RecordReport) -> Iterator[pa.Table]:
     """Clips of all files that are listed, in the order in which they were committed."""
     columns: list[pa.Array] = []
     for batch in Table(run.storage, "sources").batches(["source_id", "prompt_ids"]):
