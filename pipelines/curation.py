@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 GENERATING = ("generators", "samples_per_prompt", "buckets", "sampler", "trajectory")
 """Sections that say how samples are generated."""
-CURATING = ("sources", "cut", "clip")
+CURATING = ("sources", "cut", "clip", "texture")
 
 
 class Shard(Section):
@@ -95,6 +95,22 @@ class Clip(Section):
         le=1,
         description="Least P(yes) by the judge's model that a clip shows what its source's caption says; below it the caption"
         " is not taken over. 0 asks nothing and takes all.",
+    )
+
+
+class Texture(Section):
+    """ScoreTexture: what cheap statistics say of a picture's surface. A bound that is left out rejects nothing."""
+
+    max_flatness: float | None = Field(None, ge=0, le=1, description="Share of flat tiles (UltraFlux), 0-1.")
+    min_entropy: float | None = Field(None, ge=0, le=8, description="Shannon's entropy of luma, bits a pixel.")
+    min_luminance: float | None = Field(None, description="BT.709's luminance, 0-255.")
+    max_luminance: float | None = Field(None, description="The same, from above.")
+    max_text_area: float | None = Field(None, ge=0, le=1, description="Share of the frame within lines of text.")
+    max_duplicate_frames: float | None = Field(
+        None, ge=0, le=1, description="Share of frames that are as the one before."
+    )
+    max_frozen: float | None = Field(
+        None, ge=0, le=1, description="Longest run of equal frames, as a share of the clip."
     )
 
 

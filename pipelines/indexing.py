@@ -38,8 +38,9 @@ from pipelines.run_rows import commit_run_row
 from pipelines.sources import list_items
 from pipelines.sources.item import Item
 from stages.batch import Batch, WorldFault, jsons, load_json, texts
+from stages.cut import CutDetector
 from stages.index import UNREACHABLE, IndexSources
-from stages.whole_file import CutDetector, Limits
+from stages.probe import Limits
 
 BATCH = 8
 """Files that an actor takes at a time."""

@@ -20,6 +20,7 @@ from infra.storage import Storage
 from infra.tables import Table
 from pipelines.decisions import Decision
 from pipelines.run_log import Run, read_runs
+from stages import texture
 from stages.score import MEASURED
 from stages.screen import PREFIX
 
@@ -27,8 +28,8 @@ VERDICTS = ("accepted", "rejected")
 SPREAD_LIMIT = 100_000
 """Histograms and throughput are drawn from at most this many samples, evenly spread over the table."""
 
-MEDIA_SCORES = frozenset(MEASURED)
-"""Scores of ScoreMedia: a sample with any other score was seen by the judge or its screen."""
+MEDIA_SCORES = frozenset((*MEASURED, *texture.MEASURED))
+"""Scores of ScoreMedia and ScoreTexture: a sample with any other score was seen by the judge or its screen."""
 
 AFTER_MEDIA = ("decompose", "screen", "judge", "caption", "write")
 """Stages that only samples reach which passed ScoreMedia."""

@@ -192,6 +192,8 @@ class Resolved:
             "judge": self.rubric.thresholds(self.bars) if self.asked else {},
             "score": self.spec.score.model_dump(),
         }
+        if self.spec.recipe == "curate":
+            bounds["texture"] = self.spec.texture.model_dump()
         if OVERALL in self.bars:
             bounds["weights"] = {question.name: question.weight for question in self.rubric.questions}
         if judge.screen is not None:

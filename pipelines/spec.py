@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from infra.errors import UserError
 from infra.safe_yaml import read_yaml
-from pipelines.curation import Clip, Cut, Source, check_curation
+from pipelines.curation import Clip, Cut, Source, Texture, check_curation
 from pipelines.explain import explain
 from pipelines.guards import Guards
 from pipelines.kept import check_recipe, with_defaults
@@ -68,6 +68,7 @@ __all__ = [
     "Spec",
     "Storage",
     "Target",
+    "Texture",
     "Trajectory",
     "absolute_paths",
     "load_spec",
@@ -93,6 +94,7 @@ class Spec(Section):
     sources: tuple[Source, ...] = Field((), description="Media of recipe curate, in the place of prompts.")
     cut: Cut = Field(Cut(), description="How they become clips.")
     clip: Clip = Field(Clip(), description="What of a clip is looked at and kept.")
+    texture: Texture = Field(Texture(), description="Scores of a clip's surface, after `score`.")
     samples_per_prompt: int = Field(1, ge=1, description="Samples of each prompt, from different noise.")
     buckets: Annotated[tuple[Bucket, ...], Field(min_length=1)] = Field((Bucket(),), description="Media shapes.")
     generators: tuple[Generator, ...] = Field((Generator(),), description="Models that generate.")

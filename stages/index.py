@@ -17,7 +17,10 @@ from typing import Any, BinaryIO, ClassVar
 from infra.opening import TooLargeError, opened
 from infra.storage import Storage
 from stages.batch import Batch, SampleError, WorldFault, jsons, size, texts
-from stages.whole_file import CutDetector, Limits, Probe, cuts, glance, picture, pieces, probe
+from stages.clip import glance
+from stages.crop import picture
+from stages.cut import CutDetector, cuts, pieces
+from stages.probe import Limits, Probe, probe
 
 ATTEMPTS = 3
 """At a file behind HTTP, before it counts as unreachable."""

@@ -11,8 +11,9 @@ import numpy as np
 
 from infra.storage import Storage
 from stages.batch import Batch, SampleError, load_json, size, texts
+from stages.clip import remux
 from stages.look import clip_frames, opened_clip
-from stages.whole_file import Limits, probe, remux
+from stages.probe import Limits, probe
 
 if TYPE_CHECKING:
     from infra.media import Encoded

@@ -12,8 +12,9 @@ import numpy as np
 
 from infra.storage import Storage
 from stages.batch import Batch, SampleError, load_json, size, texts
+from stages.clip import Wanted, read
+from stages.crop import Box
 from stages.index import opened_source, scaled
-from stages.whole_file import Box, Wanted, read
 
 
 @dataclass(frozen=True)

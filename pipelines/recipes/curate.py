@@ -12,6 +12,7 @@ from stages.batch import Stage
 from stages.keep import KeepClips
 from stages.look import LookAtClips
 from stages.take_captions import TakeCaptions
+from stages.texture import ScoreTexture
 
 if TYPE_CHECKING:
     from pipelines.resolve import Resolved
@@ -35,4 +36,6 @@ def judging(run: Resolved) -> tuple[Stage, ...]:
     )
     as_is = spec.clip.fps is None and spec.clip.max_side is None
     keep = KeepClips(run.storage, spec.output.image_format, spec.output.crf, spec.cut.max_bytes, as_is)
-    return (*run.scoring(), *run.captioning(), take, keep, run.writing())
+    score, *judge = run.scoring()
+    texture = ScoreTexture(**spec.texture.model_dump())
+    return (score, texture, *judge, *run.captioning(), take, keep, run.writing())

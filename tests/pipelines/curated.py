@@ -72,6 +72,7 @@ def resolved(root: Path, sources: list[dict[str, Any]], **sections: Any) -> Reso
     spec = {
         "recipe": "curate",
         "sources": sources,
+        "cut": {"detector": "none"},
         "layout": {"batch_size": 8},
         "score": {"min_brightness": 20, "max_flicker": 12, "min_motion": 0.01},
         "judge": {"backend": "none"},

@@ -72,6 +72,20 @@ def test_flaws_that_need_no_model_are_found_and_nothing_else_is(planted: Path, t
     assert (at_bound.kept, none.kept, every.kept) == (found.kept, 0, found.kept + 2)
 
 
+def test_no_clip_runs_over_a_cut_and_no_other_file_is_cut(planted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("scenedetect")
+    run = resolved(tmp_path / "made", [{"path": str(planted / "clips")}], cut={"detector": "adaptive"})
+    indexing.commit_clips(run, lambda: one_group(run), indexing.RecordReport())
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for row in _rows(run, "prompts"):
+        (clip,) = row["inputs"]
+        spans.setdefault(Path(clip["uri"]).name, []).append((clip["start"], clip["end"]))
+    for truth in _truths(planted):
+        found = spans.get(truth.file.split("/")[1], [])
+        wanted = [(0.0, 2.125)] if truth.cut is None else [(0.0, truth.cut), (truth.cut, 2 * truth.cut)]
+        assert sorted(found) == wanted or (truth.flaw == "duplicated" and not found)
+
+
 def test_a_row_says_where_it_was_cut_and_claims_no_generator(planted: Path, tmp_path: Path) -> None:
     run = resolved(tmp_path / "made", [{"path": str(planted / "clips"), "limit": 1, "licence": "CC0", "tags": ["toy"]}])
     curate(run)
