@@ -40,6 +40,7 @@ from pipelines.sources.item import Item
 from stages.batch import Batch, WorldFault, jsons, load_json, texts
 from stages.cut import CutDetector
 from stages.index import UNREACHABLE, IndexSources
+from stages.look import CUT_FROM
 from stages.probe import Limits
 
 BATCH = 8
@@ -211,9 +212,7 @@ def _clip_row(item: Item, said: Row, clip: Row) -> Row:
     shape = Shape(clip["height"], clip["width"], clip["num_frames"], clip["fps"])
     told = {key: said["probe"][key] for key in ("codec", "width", "height", "fps", "seconds")}
     told["turned"] = bool(said["probe"]["rotation"] or said["probe"]["mirrored"])
-    extra = {**item.extra, "source": {**told, "nbytes": said["nbytes"]}}
-    if clip["crop"] is not None:
-        extra["crop"] = clip["crop"]
+    extra = {**item.extra, CUT_FROM: {**told, "nbytes": said["nbytes"], "crop": clip["crop"]}}
     place = {"uri": item.uri, "sha256": said["sha256"], "start": clip["start"], "end": clip["end"]}
     return {
         "prompt_id": clip_id(said["sha256"], clip["start"], clip["end"], shape),

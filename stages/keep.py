@@ -12,7 +12,7 @@ import numpy as np
 from infra.storage import Storage
 from stages.batch import Batch, SampleError, load_json, size, texts
 from stages.clip import remux
-from stages.look import clip_frames, opened_clip
+from stages.look import CUT_FROM, clip_frames, opened_clip
 from stages.probe import Limits, probe
 
 if TYPE_CHECKING:
@@ -64,13 +64,15 @@ class KeepClips:
     ) -> tuple[Encoded, int, float]:
         from infra.media import Encoded, encode
 
-        source = extra["source"]
+        source = extra[CUT_FROM]
         own = (source["height"], source["width"]) == shape and not source["turned"]
         with opened_clip(clip, extra, self.storage, self.max_bytes) as file:
             cut = remux(file, clip["start"], clip["end"]) if self.as_is and own and clip["end"] else None
             if cut is not None:
                 found = probe(io.BytesIO(cut.data), Limits())
-                made = Encoded(cut.data, "mp4", "video/mp4", f"{cut.codec} as it was")
+                made = Encoded(
+                    cut.data, "mp4", "video/mp4", f"{cut.codec} as it was, {cut.start:.3f} to {cut.end:.3f} s"
+                )
                 return made, found.frames, float(Fraction(found.fps))
             frames = clip_frames(file, clip, extra, count, shape)
         try:

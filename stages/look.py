@@ -16,6 +16,9 @@ from stages.clip import Wanted, read
 from stages.crop import Box
 from stages.index import opened_source, scaled
 
+CUT_FROM = "cut_from"
+"""In `extra_json`: what was probed of a clip's source, and what of its picture is cropped; before a user's column."""
+
 
 @dataclass(frozen=True)
 class LookAtClips:
@@ -66,7 +69,7 @@ def opened_clip(clip: dict[str, Any], extra: dict[str, Any], storage: Storage, m
     """The file of a clip: `clip` is a row's input, `extra` what its record says of the source. SampleError where it is not
     the file any more that was indexed."""
     with opened_source(clip["uri"], storage, max_bytes) as file:
-        nbytes, indexed = file.seek(0, 2), extra["source"]["nbytes"]
+        nbytes, indexed = file.seek(0, 2), extra[CUT_FROM]["nbytes"]
         if nbytes != indexed:
             raise SampleError("source_changed", f"it had {indexed} bytes, and has {nbytes}")
         yield file
@@ -77,7 +80,8 @@ def clip_frames(
 ) -> np.ndarray:
     """`count` frames of a clip at an even rate: uint8 [count, height, width, 3]."""
     start, end = clip["start"] or 0.0, clip["end"] or 0.0
-    box = Box(*extra["crop"]) if "crop" in extra else None
+    crop = extra[CUT_FROM]["crop"]
+    box = None if crop is None else Box(*crop)
     fps = count / (end - start) if end > start else None
     return read(file, start, end, Wanted(fps=fps, num_frames=count, box=box, shape=shape))
 

@@ -34,7 +34,7 @@ def _members(uri: str, file: BinaryIO) -> Iterator[Member | str]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
-                tar.members = []  # it would keep a header of each
+                tar.members = []  # type: ignore[attr-defined]  # it would keep a header of each
                 if info.isreg():
                     yield Member(uri, clean_text(info.name)[0], info.offset_data, info.size)
             file.seek(tar.offset)  # tarfile takes a header that is none for the end

@@ -54,6 +54,7 @@ from pipelines.select import select
 from pipelines.spec import load_spec
 from stages.actor import run_stage
 from stages.batch import Batch, jsons, load_json, texts
+from stages.look import CUT_FROM
 
 REPO = Path(__file__).parents[2]
 SPEC = REPO / "pipelines" / "examples" / "curate.yaml"
@@ -213,10 +214,10 @@ def _clips(index: Any, file: Path) -> Iterator[dict[str, Any]]:
     out, _ = run_stage(index, {"source": jsons([source]), **_blank(1), "sample_id": texts([file.name])})
     said = load_json(out["index"])[0] if not out["error_type"][0] else {}
     for at, clip in enumerate(said.get("clips", ())):
-        extra = {"source": {**said["probe"], "turned": False, "nbytes": said["nbytes"]}}
+        facts = {**said["probe"], "turned": False, "nbytes": said["nbytes"], "crop": clip["crop"]}
         place = {"uri": str(file), "sha256": said["sha256"], "start": clip["start"], "end": clip["end"]}
         shape = [clip["height"], clip["width"], clip["num_frames"]]
-        yield {"id": f"{file.stem}-{at}", "inputs": [place], "extra": extra, "fps": clip["fps"], "shape": shape,
+        yield {"id": f"{file.stem}-{at}", "inputs": [place], "extra": {CUT_FROM: facts}, "fps": clip["fps"], "shape": shape,
                "caption": said["caption"]}  # fmt: skip
 
 

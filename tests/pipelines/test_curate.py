@@ -202,3 +202,16 @@ def test_planted_folder_has_each_flaw_and_the_same_bytes_each_time(planted: Path
     assert again == _truths(planted)
     for truth in again:
         assert (tmp_path / "again" / truth.file).read_bytes() == (planted / truth.file).read_bytes()
+
+
+def test_columns_of_a_table_do_not_stand_for_what_was_probed(planted: Path, tmp_path: Path) -> None:
+    name = next(truth.file for truth in _truths(planted) if not truth.flaw)
+    (tmp_path / "clips.csv").write_text(f"url,crop,cut_from,caption\n{planted / name},9,there,a cat\n")
+    run = resolved(tmp_path / "made", [{"path": str(tmp_path / "clips.csv")}])
+    curate(run)
+    (row,) = _rows(run, "samples")
+    extra = json.loads(row["extra_json"])
+    assert extra["crop"] == "9"
+    assert extra["cut_from"]["codec"] == "h264"
+    assert (row["verdict"], row["caption"]) == ("accepted", "a cat")
+    assert row["media"][0]["codec"] == "h264 as it was, 0.000 to 2.125 s"
