@@ -30,10 +30,12 @@ def _run(spec: Path) -> dict[str, Any]:
 
 
 def test_a_folder_is_curated_and_a_second_run_takes_only_what_is_new(tmp_path: Path) -> None:
-    plant(tmp_path / "planted", 12)
+    truths = plant(tmp_path / "planted", 12)
+    copied = {truth.duplicate_of for truth in truths}
+    later = next(truth.file for truth in truths if not truth.flaw and truth.file not in copied)
     clips = tmp_path / "planted" / "clips"
     (clips / "broken.mp4").write_bytes(b"no video")
-    held_back = (clips / "00000.mp4").rename(tmp_path / "later.mp4")
+    held_back = (tmp_path / "planted" / later).rename(tmp_path / "later.mp4")
     spec = tmp_path / "spec.yaml"
     sections = {
         "name": "curated",
@@ -52,7 +54,7 @@ def test_a_folder_is_curated_and_a_second_run_takes_only_what_is_new(tmp_path: P
     assert first["verify"] == []
     assert first["accepted"] + first["rejected"] + first["failed"] == planned
     assert [row["error_type"] for row in Table(storage, "failures").read().to_pylist()][:1] == ["not_media"]
-    held_back.rename(clips / "00000.mp4")
+    held_back.rename(tmp_path / "planted" / later)
     second = _run(spec)
     assert second["accepted"] + second["rejected"] + second["failed"] == 1
     assert second["verify"] == []
