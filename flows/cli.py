@@ -255,6 +255,31 @@ def verify(
 
 
 @app.command()
+def funnel(
+    dataset: Dataset,
+    sweep: Annotated[str, typer.Option(help="A score: what other bounds on it would keep.")] = "",
+    most: Annotated[bool, typer.Option("--most", help="The bound is from above.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What each filter of a curated dataset removed, in clips and hours, from what is stored."""
+    from pipelines.funnel import read_funnel
+    from pipelines.funnel import sweep as swept
+
+    storage = stored_dataset(dataset)
+    if sweep:
+        points = swept(storage, sweep, "most" if most else "least")
+        if as_json:
+            print(json.dumps([asdict(point) for point in points], indent=2))
+        for point in () if as_json else points:
+            unknown = f", {point.unknown:,} unknown" if point.unknown else ""
+            sign = "<=" if most else ">="
+            _say(f"{sweep} {sign} {point.threshold:.4g}: {point.kept:,} clips, {point.seconds / 3600:.3f} h{unknown}")
+        return
+    found = read_funnel(storage)
+    print(json.dumps(found.as_dict(), indent=2) if as_json else printable("\n".join(found.lines())))
+
+
+@app.command()
 def regenerate(
     dataset: Dataset, sample_id: Annotated[str, typer.Argument(help="Which sample.")], as_json: AsJson = False
 ) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from av.container import OutputContainer
     from PIL.Image import Image
 
 PRESET = "medium"
@@ -191,10 +192,7 @@ def _encode_video(frames: np.ndarray, fps: float, crf: int) -> Encoded:
     buffer = io.BytesIO()
     scaling = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
     reformatter = VideoReformatter()
-    # To move the index to the front, ffmpeg reads back what it has written: io_open gives it the same bytes again.
-    with av.open(
-        buffer, "w", format="mp4", options={"movflags": "+faststart"}, io_open=lambda *_: _Reader(buffer)
-    ) as container:
+    with mp4_into(buffer) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": str(crf), "preset": PRESET, "x264-params": "cpu-independent=1"}
@@ -216,6 +214,14 @@ def _encode_video(frames: np.ndarray, fps: float, crf: int) -> Encoded:
         container.mux(stream.encode())
     data = buffer.getvalue()
     return Encoded(data, "mp4", "video/mp4", f"h264 crf={crf} preset={PRESET} {_x264(data)} yuv420p bt709 threads=1")
+
+
+def mp4_into(buffer: io.BytesIO) -> OutputContainer:
+    """An mp4 that is written into `buffer`, with its index in front."""
+    import av
+
+    # To move the index there, ffmpeg reads back what it has written: io_open gives it the same bytes again.
+    return av.open(buffer, "w", format="mp4", options={"movflags": "+faststart"}, io_open=lambda *_: _Reader(buffer))
 
 
 def _x264(data: bytes) -> str:

@@ -146,6 +146,25 @@ PROMPTS = pa.schema(
     ]
 )
 
+SOURCES = pa.schema(
+    [
+        ("source_id", pa.string()),  # hash of uri and index: what becomes of a file depends on how it is cut
+        ("index", pa.string()),  # hash of how sources are cut
+        ("uri", pa.string()),
+        ("kind", pa.string()),  # video, image; empty where it was not found out
+        ("sha256", pa.string()),
+        ("nbytes", pa.int64()),
+        ("seconds", pa.float64()),
+        ("prompt_ids", pa.list_(pa.string())),  # of its clips
+        ("dropped", pa.list_(pa.struct([("start", pa.float64()), ("end", pa.float64()), ("reason", pa.string())]))),
+        ("error_type", pa.string()),
+        ("error", pa.string()),
+        ("run_id", pa.string()),
+        ("created_at", UTC),
+        ("extra_json", pa.string()),
+    ]
+)
+
 EMBEDDINGS = pa.schema(
     [
         ("text_id", pa.string()),
@@ -178,7 +197,7 @@ ANNOTATIONS = pa.schema(
 RUNS = pa.schema(
     [
         ("run_id", pa.string()),
-        ("event", pa.string()),  # started, ended
+        ("event", pa.string()),  # started, indexed (recipe curate), ended
         ("status", pa.string()),  # running, then reached, exhausted, budget, stopped, failed
         ("command", pa.string()),
         ("spec_json", pa.string()),
@@ -201,6 +220,7 @@ RUNS = pa.schema(
 
 TABLES: dict[str, pa.Schema] = {
     "prompts": PROMPTS,
+    "sources": SOURCES,
     "embeddings": EMBEDDINGS,
     "samples": SAMPLES,
     "failures": FAILURES,
@@ -210,6 +230,7 @@ TABLES: dict[str, pa.Schema] = {
 
 KEYS: dict[str, tuple[str, ...]] = {
     "prompts": ("prompt_id",),
+    "sources": ("source_id",),
     "embeddings": ("text_id",),
     "samples": ("sample_id",),
     "failures": ("sample_id", "attempt"),

@@ -25,7 +25,8 @@ from pipelines.graph import results
 from pipelines.ledger import Ledger
 from pipelines.placement import in_flight, place_stored
 from pipelines.resolve import Resolved
-from pipelines.run import clean_up, commit_run_row
+from pipelines.run import clean_up
+from pipelines.run_rows import commit_run_row
 from pipelines.stored import COLUMNS, StoredBatches
 from stages.annotate import Annotator, Row, WriteAnnotations
 from stages.batch import Batch, Stage, WorldFault, size

@@ -164,6 +164,6 @@ def _first(run: Resolved, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _planned(run: Resolved, rows: list[dict[str, Any]]) -> Planned:
-    ids = sample_ids([row["prompt_id"] for row in rows], 0, run.generator_ids[0], run.plan.plan_id)
+    ids = sample_ids([row["prompt_id"] for row in rows], 0, run.generator_ids[0], run.plan_id)
     places = np.arange(len(rows))
     return Planned(places, texts(ids), np.zeros_like(places), pa.Table.from_pylist(rows, PLANNED), 0)

@@ -31,6 +31,8 @@ CONFIGS = ("samples", "prompts", "embeddings", "annotations")
 RECIPES = {
     "reflow": "Each sample is a coupling: its final latent, and its noise, drawn again from `noise_key`.",
     "trajectory": "Of each sample chosen states of the teacher's path are kept; `extra_json` says which.",
+    "curate": "Clips were cut out of media that existed: `inputs` has each one's source, its sha256, start and end; no model"
+    " made them, and `prompt` is the caption that the source came with.",
     "prompts": "Rows are prompts with their text embeddings; nothing was sampled, and there are no media.",
 }
 """What a reader has to know of datasets that are more, or less, than media."""

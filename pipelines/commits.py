@@ -18,6 +18,7 @@ from infra.tables import Table
 from pipelines.idset import IdSet
 from pipelines.text_commits import TextCommits
 from stages.batch import STOPPED, Batch
+from stages.index import IndexSources
 
 
 class Commits:
@@ -78,8 +79,13 @@ def retried(failed: bool, early: bool) -> tuple[Retry, ...]:
 def failures(
     storage: Storage, rows: pc.Expression | None, retry: Collection[Retry] = ()
 ) -> tuple[IdSet, dict[str, int]]:
-    """Samples whose last attempt produced nothing, and of those that are to be tried again their next attempt's number."""
+    """Samples whose last attempt produced nothing, and of those that are to be tried again their next attempt's number.
+
+    Sources that failed are no samples.
+    """
     table = Table(storage, "failures")
+    samples = pc.field("stage") != IndexSources.name
+    rows = samples if rows is None else rows & samples
     if not retry:
         return IdSet(batch.column("sample_id") for batch in table.batches(["sample_id"], rows)), {}
     last: dict[str, tuple[int, str]] = {}

@@ -13,8 +13,10 @@ from infra.tables import Table, dataset_exists
 from pipelines.commits import failures, retried
 from pipelines.decisions import count_accepted
 from pipelines.dedup import RecordReport
+from pipelines.enumeration import Enumeration
 from pipelines.identity import sample_ids
 from pipelines.idset import IdSet
+from pipelines.listing import unfinished
 from pipelines.records import unique_records, variant_ids
 from pipelines.resolve import Resolved
 
@@ -53,16 +55,21 @@ class Difference:
     rows: int
     changes: tuple[Change, ...]
     target_reached: bool
+    unlisted: bool = False
+    """Recipe curate: its sources are listed, and their clips counted, by the run."""
 
     @property
     def nothing_to_do(self) -> bool:
-        return self.exists and (self.new == 0 or self.target_reached)
+        return self.exists and (self.target_reached or (self.new == 0 and not self.unlisted))
 
     def lines(self, dataset: str) -> list[str]:
         """What to tell the user."""
         if not self.exists:
-            return [f"new dataset {dataset}: {self.planned} samples planned"]
-        if self.target_reached:
+            planned = "clips of sources that the run will list" if self.unlisted else f"{self.planned} samples planned"
+            return [f"new dataset {dataset}: {planned}"]
+        if self.unlisted and not self.target_reached:
+            first = f"{dataset} has {self.rows} samples: the run will list its sources, and take what is new"
+        elif self.target_reached:
             first = f"{dataset} has {self.rows} samples, {self.accepted} accepted: the target is reached, nothing to generate"
         elif self.new == 0:
             first = f"{dataset} has all {self.planned} planned samples: nothing to generate"
@@ -98,7 +105,10 @@ def difference(run: Resolved, report: RecordReport | None = None) -> Difference:
     early, _ = failures(run.storage, rows, retried(failed=True, early=False))
     planned = new = failed = stopped = 0
     limit = run.spec.target.samples
-    for ids in _planned_ids(run, report if report is not None else RecordReport()):
+    curated = run.spec.recipe == "curate"
+    indexed = unfinished(run.storage, run.spec) if curated and exists else None
+    report = report if report is not None else RecordReport()
+    for ids in _indexed_ids(run, indexed, report) if curated else _planned_ids(run, report):
         if limit is not None:
             ids = ids[: limit - planned]
         made = done.contains(ids)
@@ -122,6 +132,7 @@ def difference(run: Resolved, report: RecordReport | None = None) -> Difference:
         rows=len(done),
         changes=tuple(_changes(run)) if exists else (),
         target_reached=wanted is not None and accepted >= wanted,
+        unlisted=curated and indexed is None,
     )
 
 
@@ -135,7 +146,17 @@ def _planned_ids(run: Resolved, report: RecordReport) -> Iterator[list[str]]:
     for index in range(run.spec.samples_per_prompt):
         for at in range(0, len(prompt_ids), CHUNK):
             for generator in run.generator_ids:
-                yield sample_ids(prompt_ids[at : at + CHUNK], index, generator, run.plan.plan_id)
+                yield sample_ids(prompt_ids[at : at + CHUNK], index, generator, run.plan_id)
+
+
+def _indexed_ids(run: Resolved, indexed: dict[str, Any] | None, report: RecordReport) -> Iterator[list[str]]:
+    """The ids of the clips that an earlier run indexed and did not get through."""
+    if indexed is None:
+        return
+    report.read, report.kept, report.bad = indexed["read"], indexed["kept"], indexed["bad"]
+    plan = Enumeration(run.storage, indexed["plan_file"], 1, run.generator_ids, run.plan_id)
+    for chunk in plan.chunks():
+        yield chunk.sample_ids
 
 
 def _changes(run: Resolved) -> Iterator[Change]:

@@ -14,6 +14,8 @@ from hashlib import blake2b
 from typing import Any
 
 PROMPT_DOMAIN = "ditmill/prompt/v1"
+CLIP_DOMAIN = "ditmill/clip/v1"
+SOURCE_DOMAIN = "ditmill/source/v1"
 GENERATOR_DOMAIN = "ditmill/generator/v1"
 SAMPLE_DOMAIN = "ditmill/sample/v1"
 
@@ -67,6 +69,18 @@ def prompt_id(
         expander,
         int(variant),
     )
+
+
+def clip_id(sha256: str, start: float | None, end: float | None, shape: Shape) -> str:
+    """The `prompt_id` of a clip of a file with this content, 32 hex digits: where the file lies, and what is said of it, do
+    not count. `shape` is of what is kept of it; without start and end it is all of the file."""
+    sides = [int(shape.height), int(shape.width), int(shape.num_frames), float(shape.fps)]
+    return _hash(CLIP_DOMAIN, sha256, _number(start), _number(end), sides)
+
+
+def source_id(uri: str, index: str) -> str:
+    """The id of a file of a source that is cut as `index` says, 32 hex digits."""
+    return _hash(SOURCE_DOMAIN, uri, index)
 
 
 def generator_id(

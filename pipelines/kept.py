@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from models.path import places_of
+from pipelines.curation import defaults
 from stages.tensors import KeptStates
 from stages.write import TOLD
 
@@ -24,6 +25,8 @@ TENSORS: dict[str, dict[str, str]] = {
 
 def with_defaults(data: dict[str, Any]) -> dict[str, Any]:
     """Plain values of a spec, with its recipe's tensors where it names none, and no judge where there is nothing to see."""
+    if data.get("recipe") == "curate":
+        return defaults(data)
     if data.get("recipe") == "prompts":
         data = {"judge": {"backend": "none"}, "caption": None, **data}
     output, wanted = data.get("output", {}), TENSORS.get(str(data.get("recipe")))

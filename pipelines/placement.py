@@ -19,7 +19,7 @@ from infra.telemetry import log
 from pipelines.sections import Section
 from stages.batch import Stage
 
-GroupName = Literal["encode", "sample", "decode", "judge"]
+GroupName = Literal["index", "encode", "sample", "decode", "judge"]
 APART: tuple[GroupName, ...] = ("encode", "decode")
 """Groups that there are only where stages are split."""
 READERS = 2
@@ -168,15 +168,17 @@ def place(
     return groups
 
 
-def place_stored(read: Stage, stages: tuple[Stage, ...], cluster: Cluster, compute: Compute) -> tuple[Group, ...]:
-    """Actors for judging, one a GPU, or on a CPU as many as leave one core to the driver; or as `judge` asks. Where they hold
-    GPUs, which must not wait for storage and files, others read for them if there are CPUs left."""
+def place_stored(
+    read: Stage, stages: tuple[Stage, ...], cluster: Cluster, compute: Compute, spare: int = 1
+) -> tuple[Group, ...]:
+    """Actors for judging, one a GPU, or on a CPU as many as leave `spare` cores to the driver; or as `judge` asks. Where they
+    hold GPUs, which must not wait for storage and files, others read for them if there are CPUs left."""
     asked, least = compute.asked("judge"), compute.least("judge")
     if on_gpus := cluster.gpus >= 1 or bool(asked.gpus):
         cpus, gpus = asked.cpus or 1.0, 1.0 if asked.gpus is None else asked.gpus
         count = least or max(1, int(cluster.gpus / (gpus or 1.0)))
     else:
-        count = least or max(1, int(cluster.cpus) - 1)
+        count = least or max(1, int(cluster.cpus) - spare)
         cpus, gpus = asked.cpus or min(1.0, max(0.1, (cluster.cpus - 0.1) / count)), 0.0
     most = compute.actors.get("judge", (0, 0))[1]
     readers = min(READERS * count, int(cluster.cpus - 0.1 - max(count, most) * cpus)) if on_gpus else 0

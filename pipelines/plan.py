@@ -110,14 +110,14 @@ def make_plan(spec: Spec, calibrate: bool = True, replan: bool = False) -> PlanR
     records = RecordReport()
     missing = tuple(model for model, revision in _models(spec) if not is_here(model, revision))
     if missing:
-        count = sum(1 for _ in unique_records(spec, records))
+        count = 0 if spec.recipe == "curate" else sum(1 for _ in unique_records(spec, records))
         expand = spec.prompts.expand
         variants = (expand.variants + expand.keep_original) if expand else 1
         planned = count * variants * spec.samples_per_prompt * len(spec.generators)
         if spec.target.samples is not None:
             planned = min(planned, spec.target.samples)
         sampler_plan(spec.sampler)
-        nbytes = planned_bytes(spec, planned, partial(known_shape, spec))
+        nbytes = planned_bytes(spec, planned, partial(known_shape, spec)) if planned else {}
         return PlanReport(spec, records, planned, None, (), _stated(spec, missing), missing, None, nbytes=nbytes)
     run = resolve_spec(spec, replan=replan)
     with reaching(run.storage.root):
@@ -126,7 +126,7 @@ def make_plan(spec: Spec, calibrate: bool = True, replan: bool = False) -> PlanR
         found = difference(run, records)
     groups = sample_groups(run, local_cluster(spec))
     estimate, nbytes = None, {}
-    if calibrate and found.new and (measured := calibration.calibrate(run)) is not None:
+    if calibrate and found.new and spec.recipe != "curate" and (measured := calibration.calibrate(run)) is not None:
         estimate = _estimate(found.new, run.spec.layout.batch_size, groups, measured)
         nbytes = planned_bytes(run.spec, found.new, partial(_shape, run), measured.kinds)
     warnings = tuple(unknown_lines(run, _first_prompts(spec)))
@@ -157,7 +157,7 @@ def _shape(run: Resolved, bucket: Bucket) -> tuple[int, ...] | None:
 
 def _first_prompts(spec: Spec) -> Iterator[pa.Array]:
     """Some of the prompts that will be sampled; none where a language model has yet to write them."""
-    if spec.prompts.expand is None or spec.prompts.expand.keep_original:
+    if spec.recipe != "curate" and (spec.prompts.expand is None or spec.prompts.expand.keep_original):
         first = islice(unique_records(spec), CHUNK)
         yield pa.array([record.prompt for record in first], pa.string())
 

@@ -66,6 +66,8 @@ def named_urls(spec: Spec) -> Iterator[tuple[str, str]]:
         yield "prompts.expand.model", spec.prompts.expand.model
     if spec.prompts.path is not None:
         yield "prompts.path", spec.prompts.path
+    for at, source in enumerate(spec.sources):
+        yield f"sources.{at}.path", source.path
     for at, path in enumerate(spec.prompts.exclude):
         yield f"prompts.exclude.{at}", path
     if spec.notify.webhook is not None and not spec.notify.webhook.startswith("$"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
 import json
 import time
@@ -15,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from infra.commit import Committer, write_part
 from infra.errors import UserError
@@ -26,7 +23,9 @@ from pipelines.enumeration import PLANNED
 from pipelines.feed import Feeder
 from pipelines.graph import results
 from pipelines.idset import IdSet
+from pipelines.indexing import commit_clips
 from pipelines.placement import Group, in_flight
+from pipelines.planned_prompts import write_plan
 from pipelines.records import PromptRecord, expand_rows, resolve_prompts, unique_records, variant_ids
 from pipelines.resolve import Resolved
 from stages.batch import Batch, WorldFault, load_json, texts
@@ -43,13 +42,15 @@ def commit_prompts(run: Resolved, groups: Callable[[], tuple[Group, ...]], repor
     An expansion is committed before any sample of it is planned, and read back: of two runs that expand one record, both
     use the text whose commit was first.
     """
+    if run.spec.recipe == "curate":
+        return commit_clips(run, groups, report)
     if run.expander is None:
-        return _plan_file(run, _commit_plain(run, report))
+        return write_plan(run, _commit_plain(run, report))
     records = list(unique_records(run.spec, report))
     if not records:
         raise _no_prompts(report)
     _commit_expansions(run, records, groups, report)
-    return _plan_file(run, _read_back(run, records))
+    return write_plan(run, _read_back(run, records))
 
 
 def _commit_plain(run: Resolved, report: RecordReport) -> Iterator[pa.Table]:
@@ -164,21 +165,6 @@ def _commit_rows(run: Resolved, committer: Committer, rows: list[Row], number: i
     now = datetime.now(UTC)
     table = pa.Table.from_pylist([{**row, "run_id": run.run_id, "created_at": now} for row in rows], PROMPTS)
     committer.commit([write_part(run.storage, f"prompts/{run.run_id}-{number:08d}.parquet", table)])
-
-
-def _plan_file(run: Resolved, chunks: Iterator[pa.Table]) -> str:
-    """Write the resolved prompts, in order, under a name made of their content; the same prompts give the same file."""
-    sink = io.BytesIO()
-    digest = hashlib.blake2b(digest_size=16)
-    with pq.ParquetWriter(sink, PLANNED, compression="zstd") as writer:
-        for chunk in chunks:
-            writer.write_table(chunk)
-            for prompt_id in chunk["prompt_id"].to_pylist():
-                digest.update(bytes.fromhex(prompt_id))
-    name = f"plans/{digest.hexdigest()}.parquet"
-    if not run.storage.exists(name):
-        run.storage.write_bytes(name, sink.getvalue())
-    return name
 
 
 def _no_prompts(report: RecordReport) -> UserError:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from infra.errors import UserError
+from infra.opening import filesystem as open_filesystem
+from infra.storage import Storage as Root
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -87,16 +89,7 @@ def read_rows(uri: str, *, key: str, column: str = "prompt", storage: Storage | 
 
 def filesystem(uri: str, storage: Storage | None = None) -> tuple[AbstractFileSystem, str]:
     """The filesystem of a URL, and the path on it. Credentials come from where the dataset's come from."""
-    if storage and uri.startswith(("s3://", "s3a://")):
-        from infra import s3
-        from infra.storage import Storage as Root
-
-        root = Root(uri, **storage.model_dump())
-        return s3.filesystem(root, cache_type="readahead"), root.path()
-    import fsspec
-
-    fs, path = fsspec.core.url_to_fs(uri)
-    return fs, str(path)
+    return open_filesystem(uri, Root(".", **storage.model_dump()) if storage else None)
 
 
 def _find(uri: str, key: str, storage: Storage | None) -> list[File]:

@@ -86,6 +86,8 @@ def regenerate(storage: Storage, sample_id: str) -> Regenerated:
     # Before torch is imported: without it a sample's bits change with its slot in the batch.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     row = _row(storage, sample_id)
+    if row["recipe"] == "curate":
+        raise UserError(f"{sample_id}: it was cut out of {row['inputs'][0]['uri']}, not generated; cut it there again")
     began = time.perf_counter()
     batch = _make(row, _generator(storage, row))
     if batch["error_type"][0]:

@@ -20,6 +20,7 @@ from infra.storage import Storage
 from infra.tables import Table
 from pipelines.decisions import Decision
 from pipelines.run_log import Run, read_runs
+from stages import texture
 from stages.batch import STOPPED
 from stages.early import NAME
 from stages.score import MEASURED
@@ -29,8 +30,8 @@ VERDICTS = ("accepted", "rejected")
 SPREAD_LIMIT = 100_000
 """Histograms and throughput are drawn from at most this many samples, evenly spread over the table."""
 
-MEDIA_SCORES = frozenset((*MEASURED, NAME))
-"""Scores of ScoreMedia and of early rejection: a sample with any other was seen by the judge or its screen."""
+MEDIA_SCORES = frozenset((*MEASURED, *texture.MEASURED, NAME))
+"""Scores of ScoreMedia, ScoreTexture and early rejection: a sample with any other was seen by the judge or its screen."""
 
 AFTER_MEDIA = ("decompose", "screen", "judge", "caption", "write")
 """Stages that only samples reach which passed ScoreMedia."""

@@ -30,6 +30,7 @@ from models.source import content_sha256, resolve
 from models.viewer import ViewerRef
 from models.vllm import VllmRef
 from pipelines.chosen_plan import with_chosen_plan
+from pipelines.clip_plan import CLIPS, clip_facts
 from pipelines.decomposer import decomposer_of
 from pipelines.early_reject import early_reject
 from pipelines.expander import Expander, expander_of
@@ -87,6 +88,11 @@ class Resolved:
         """The spec with the plan's keys and without its file, for machines where that does not lie."""
         sampler = self.spec.sampler.model_copy(update={"plan": None, "budget": None})
         return self.spec.model_copy(update={"sampler": sampler})
+
+    @property
+    def plan_id(self) -> str:
+        """Of what, beside the prompt, is meant to change a sample: the sampler plan, or how a clip is cut out."""
+        return self.facts[0].plan_id if self.spec.recipe == "curate" else self.plan.plan_id
 
     def again(self) -> Resolved:
         """The same as a run of its own: a run id that was swept cannot commit any more."""
@@ -200,6 +206,8 @@ class Resolved:
             "judge": self.rubric.thresholds(self.bars) if self.asked else {},
             "score": self.spec.score.model_dump(),
         }
+        if self.spec.recipe == "curate":
+            bounds["texture"] = self.spec.texture.model_dump()
         if OVERALL in self.bars:
             bounds["weights"] = {question.name: question.weight for question in self.rubric.questions}
         if judge.screen is not None:
@@ -327,6 +335,8 @@ def resolve_spec(spec: Spec, run_id: str | None = None, replan: bool = False) ->
         handed = () if teacher is None else (teacher.steps, (teacher.sha256, teacher.guidance_scale))
         ids.append(generator_id(sha256, weights, *handed))
         licences[generator.model] = licence_of(folder, generator.model, (generator.licence, generator.may_train))
+    if spec.recipe == "curate":
+        facts, ids = [clip_facts(spec)], [CLIPS]
     looking = {"judge": spec.judge, "judge.screen": spec.judge.screen, "caption": spec.caption}
     viewers = {name: viewer_of(name, section, storage) for name, section in looking.items()}
     for viewer, section in zip(viewers.values(), looking.values(), strict=True):

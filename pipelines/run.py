@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import json
-import platform
-import socket
-import sys
 from collections.abc import Callable, Collection
-from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import pyarrow as pa
-
-from infra.commit import Committer, write_part
 from infra.control import Pulse, beating, sweep, sweep_stale
 from infra.errors import UserError
 from infra.ray_session import Cluster
-from infra.schema import RUNS, SCHEMA_VERSION
+from infra.schema import SCHEMA_VERSION
 from infra.secrets import redact
 from infra.storage import reaching, writing
-from infra.tables import Table, dataset_exists, read_dataset_json
+from infra.tables import dataset_exists, read_dataset_json
 from infra.telemetry import bound, log
 from pipelines.commits import Retry
 from pipelines.dedup import RecordReport
 from pipelines.early import early_gate
 from pipelines.enumeration import Enumeration
 from pipelines.generate import Job, Outcome, Progress, StopRequest, generate
-from pipelines.placement import Group, place
+from pipelines.indexing import indexing_of
+from pipelines.placement import Group, place, place_stored
 from pipelines.prompts import commit_prompts
 from pipelines.recipes import RECIPES
 from pipelines.resolve import Resolved, code_version
-from pipelines.thresholds import as_told
+from pipelines.run_rows import commit_run_row
 from pipelines.unknown_words import warn_of_unknown_words
-
-LIBRARIES = ("torch", "diffusers", "transformers", "ray", "prefect", "deltalake", "pyarrow", "av", "numpy")
 
 
 def open_dataset(run: Resolved) -> None:
@@ -95,26 +86,6 @@ def _kept(run: Resolved) -> dict[str, Any] | None:
     return {"places": list(states.places), "steps": run.plan.num_inference_steps, "dtype": states.dtype}
 
 
-def commit_run_row(run: Resolved, event: str, **values: Any) -> None:
-    """Append this run's row for `event` (started or ended) to `runs`."""
-    row: dict[str, Any] = {
-        "run_id": run.run_id,
-        "event": event,
-        "command": redact(" ".join(sys.argv)),
-        "spec_json": redact(run.spec.model_dump_json()),
-        "versions_json": json.dumps({"ditmill": code_version(), "python": platform.python_version(), **_versions()}),
-        "hosts_json": json.dumps([{"host": socket.gethostname(), "machine": platform.machine()}]),
-        "licences_json": json.dumps([{"model": model, **asdict(licence)} for model, licence in run.licences]),
-        "created_at": datetime.now(UTC),
-        **values,
-    }
-    if points := as_told(run):
-        row["extra_json"] = json.dumps({**json.loads(row.get("extra_json") or "{}"), **points})
-    committer = Committer(Table(run.storage, "runs"), run.run_id)
-    part = write_part(run.storage, f"runs/{run.run_id}-{event}.parquet", pa.Table.from_pylist([row], RUNS))
-    committer.commit([part])
-
-
 def expand(run: Resolved, groups: Callable[[], tuple[Group, ...]]) -> tuple[Enumeration, RecordReport]:
     """Commit the run's prompts; the enumeration of its samples."""
     report = RecordReport()
@@ -128,7 +99,7 @@ def expand(run: Resolved, groups: Callable[[], tuple[Group, ...]]) -> tuple[Enum
             plan_file=plan_file,
             samples_per_prompt=run.spec.samples_per_prompt,
             generator_ids=run.generator_ids,
-            plan_id=run.plan.plan_id,
+            plan_id=run.plan_id,
         ),
         report,
     )
@@ -144,7 +115,7 @@ def make_samples(
 ) -> Outcome:
     """Generate what the dataset lacks; the run's start and end are rows of `runs`."""
     # What `verify` needs to enumerate again, beside the spec.
-    ids = {"generator_ids": run.generator_ids, "plan_id": run.plan.plan_id}
+    ids = {"generator_ids": run.generator_ids, "plan_id": run.plan_id}
     known = {"plan_file": enumeration.plan_file, "planned": len(enumeration), "extra_json": json.dumps(ids)}
     early = early_gate(run)
     commit_run_row(run, "started", status="running", **known)
@@ -205,8 +176,11 @@ def clean_up(run: Resolved) -> list[str]:
 
 
 def sample_groups(run: Resolved, cluster: Cluster) -> tuple[Group, ...]:
-    """Where the stages of generating run."""
+    """Where the stages of generating run; of curating, where clips are looked at."""
     recipe = RECIPES[run.spec.recipe]
+    if run.spec.recipe == "curate":
+        (look,) = recipe.generating(run)
+        return place_stored(look, recipe.judging(run), cluster.free(), run.spec.compute, spare=0)
     return place(
         recipe.generating(run),
         recipe.judging(run),
@@ -217,17 +191,12 @@ def sample_groups(run: Resolved, cluster: Cluster) -> tuple[Group, ...]:
 
 
 def expand_groups(run: Resolved, cluster: Cluster) -> tuple[Group, ...]:
-    """Where prompts are expanded."""
+    """Where prompts are expanded, or sources indexed."""
+    if run.spec.recipe == "curate":
+        free, asked = cluster.free(), run.spec.compute.asked("index")
+        count = run.spec.compute.least("index") or max(1, int(free.cpus))
+        cpus = asked.cpus or min(1.0, max(0.1, (free.cpus - 0.1) / count))
+        return (Group("index", (indexing_of(run),), count, cpus, 0.0),)
     assert run.expander is not None
     gpus = 1.0 if cluster.gpus >= 1 else 0.0
     return (Group("expand", (run.expander.stage,), 1, 0.5, gpus, on_gpu_cluster=bool(gpus)),)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

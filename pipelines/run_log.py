@@ -85,7 +85,7 @@ def _run(run_id: str, first: dict[str, Any], last: dict[str, Any]) -> Run:
 def thresholds(spec: Mapping[str, Any], points: Mapping[str, float] = NO_POINTS) -> dict[str, list[Threshold]]:
     """Score name -> the bounds that a resolved spec puts on it, with the thresholds that its run found."""
     found: dict[str, list[Threshold]] = {}
-    for key, value in _object(spec.get("score")).items():
+    for key, value in (_object(spec.get("score")) | _object(spec.get("texture"))).items():
         side, _, name = key.partition("_")
         if side in ("min", "max") and value is not None:
             found.setdefault(name, []).append(Threshold(float(value), side == "min"))

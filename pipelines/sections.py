@@ -140,8 +140,8 @@ class Prompts(Section):
         return value
 
     @model_validator(mode="after")
-    def _one_source(self) -> Prompts:
-        if (self.path is None) == (not self.inline):
+    def _one_place(self) -> Prompts:
+        if self.path is not None and self.inline:
             raise ValueError("give exactly one of prompts.path and prompts.inline")
         return self
 

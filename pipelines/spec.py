@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from infra.errors import UserError
 from infra.safe_yaml import read_yaml
+from pipelines.curation import Clip, Cut, Source, Texture, check_curation
 from pipelines.explain import explain
 from pipelines.guards import Guards
 from pipelines.kept import check_recipe, with_defaults
@@ -47,7 +48,9 @@ __all__ = [
     "Bucket",
     "Budget",
     "Caption",
+    "Clip",
     "Compute",
+    "Cut",
     "Expand",
     "Generator",
     "Guards",
@@ -61,9 +64,11 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Score",
+    "Source",
     "Spec",
     "Storage",
     "Target",
+    "Texture",
     "Trajectory",
     "absolute_paths",
     "load_spec",
@@ -79,18 +84,20 @@ class Spec(Section):
         pattern=r"^[a-z0-9][a-z0-9_-]*$",
         description="Name of the dataset: lower-case letters, digits, - and _.",
     )
-    recipe: Literal["synthetic", "reflow", "trajectory", "prompts"] = Field(
+    recipe: Literal["synthetic", "reflow", "trajectory", "prompts", "curate"] = Field(
         "synthetic",
         description="Kind of dataset: judged media; noise and final latents; states of the teacher's path; prompts with their"
-        " embeddings.",
+        " embeddings; clips of media that exist.",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Enters the noise of every sample that gives none itself.")
     prompts: Prompts = Field(description="Where prompts come from: {path: prompts.txt}, or {inline: [a prompt]}.")
+    sources: tuple[Source, ...] = Field((), description="Media of recipe curate, in the place of prompts.")
+    cut: Cut = Field(Cut(), description="How they become clips.")
+    clip: Clip = Field(Clip(), description="What of a clip is looked at and kept.")
+    texture: Texture = Field(Texture(), description="Scores of a clip's surface, after `score`.")
     samples_per_prompt: int = Field(1, ge=1, description="Samples of each prompt, from different noise.")
     buckets: Annotated[tuple[Bucket, ...], Field(min_length=1)] = Field((Bucket(),), description="Media shapes.")
-    generators: Annotated[tuple[Generator, ...], Field(min_length=1)] = Field(
-        (Generator(),), description="Models that generate."
-    )
+    generators: tuple[Generator, ...] = Field((Generator(),), description="Models that generate.")
     sampler: Sampler = Field(Sampler(), description="The sampler plan.")
     trajectory: Trajectory | None = Field(None, description="States of recipe trajectory.")
     layout: Layout = Field(Layout(), description="How the sampler runs.")
@@ -114,6 +121,7 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _fits_its_recipe(self) -> Spec:
+        check_curation(self)
         check_recipe(self)
         return self
 
@@ -192,6 +200,8 @@ def absolute_paths(spec: Spec, base: str | Path = ".") -> Spec:
         data["caption"]["json_schema"] = file(data["caption"]["json_schema"])
     if prompts["path"] is not None:
         prompts["path"] = file(prompts["path"])
+    for source in data["sources"]:
+        source["path"] = file(source["path"])
     prompts["exclude"] = [file(path) for path in prompts["exclude"]]
     if data["sampler"]["plan"] not in (None, "auto"):
         data["sampler"]["plan"] = file(data["sampler"]["plan"])

@@ -110,7 +110,7 @@ def _live(storage: Storage) -> set[str]:
 
 def _duplicates(storage: Storage, broken: Broken) -> Iterator[Finding]:
     """No key stands in two rows."""
-    for name in ("samples", "prompts", "embeddings", "failures", "runs"):
+    for name in ("samples", "prompts", "sources", "embeddings", "failures", "runs"):
         columns = list(KEYS[name])
         parts = list(_read(storage, name, columns, broken))
         if not parts:
@@ -125,11 +125,12 @@ def _duplicates(storage: Storage, broken: Broken) -> Iterator[Finding]:
 
 def _rows(storage: Storage, broken: Broken) -> Iterator[Finding]:
     """Every sample's ids follow from what it says of itself, and its verdict is one."""
-    columns = ["sample_id", "noise_key", "prompt_id", "sample_index", "seed", "verdict"]
+    columns = ["sample_id", "recipe", "noise_key", "prompt_id", "sample_index", "seed", "verdict"]
     for row in _each(_read(storage, "samples", columns, broken)):
         if row["verdict"] not in ("accepted", "rejected"):
             yield Finding("verdict", row["sample_id"], f"expected accepted or rejected, found {row['verdict']!r}")
-        if noise_key(row["seed"], row["prompt_id"], row["sample_index"]) != row["noise_key"]:
+        drawn = row["recipe"] != "curate" and noise_key(row["seed"], row["prompt_id"], row["sample_index"])
+        if (drawn or "") != row["noise_key"]:
             yield Finding("noise_key", row["sample_id"], "does not follow from seed, prompt_id and sample_index")
 
 

@@ -18,7 +18,7 @@ def valid(text: str) -> str:
 def is_plain(batch: Batch) -> bool:
     """Whether all text is valid Unicode and no number but a finite one can be in it: then no row has to be looked at."""
     for name, column in batch.items():
-        if name in ("text", "negative_text"):  # files of embeddings
+        if name in ("text", "negative_text", "encoded"):  # files
             continue
         if column.dtype == object:
             text = "\n".join(map(str, column))

@@ -25,6 +25,7 @@ from infra.storage import Storage
 from stages.batch import STOPPED, Batch, SampleError, jsons, size
 from stages.early import NAME
 from stages.embeddings import Texts, texts_of
+from stages.look import source_of
 from stages.tensors import Compression, KeptStates, no_latents, sample_tensors
 from stages.writable import check_writable, is_plain, valid
 
@@ -115,9 +116,10 @@ class WriteShards:
         return str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_available() else "cpu"
 
 
-def split_of(source_prompt: str) -> str:
-    """train or, for 2% of source prompts, validation: all samples of all variants of a prompt are on one side."""
-    digest = hashlib.blake2b(source_prompt.encode("utf-8", "replace"), digest_size=8).digest()
+def split_of(source: str) -> str:
+    """train or, for 2% of source prompts, validation: all samples of all variants of a prompt are on one side. Of clips the
+    source is the file that they were cut from."""
+    digest = hashlib.blake2b(source.encode("utf-8", "replace"), digest_size=8).digest()
     return "validation" if int.from_bytes(digest, "big") < VALIDATION_SHARE * 2**64 else "train"
 
 
@@ -228,7 +230,7 @@ class _Written:
         accepted = row["verdict"] == "accepted"
         keep = "media" if accepted else self.stage.keep_rejected
         if keep in ("media", "preview") and self.stage.with_media:
-            role, encoded = self._encoded(self.batch["frames"][at], row["fps"], keep == "preview")
+            role, encoded = self._encoded(at, row["fps"], keep == "preview")
             row["media"].append(_media(row["sample_id"], role, encoded))
             members.append((row["media"][0]["member"], encoded.data))
         if dtypes := self._dtypes(accepted, keep == "latents"):
@@ -252,10 +254,14 @@ class _Written:
         dtypes = {role: dtype for role, dtype in stage.tensors.items() if role != "text_embeddings"}
         return dtypes | ({"trajectory": stage.trajectory.dtype} if stage.trajectory else {})
 
-    def _encoded(self, frames: np.ndarray, fps: float, preview: bool) -> tuple[str, Encoded]:
+    def _encoded(self, at: int, fps: float, preview: bool) -> tuple[str, Encoded]:
         """The role of a sample's media, and the media."""
         from infra.media import encode, preview_strip
 
+        if not preview and "encoded" in self.batch:
+            kept: Encoded = self.batch["encoded"][at]
+            return kept.mime.partition("/")[0], kept
+        frames = self.batch["frames"][at]
         try:
             if preview:
                 return "preview", preview_strip(frames)
@@ -307,7 +313,7 @@ class _Written:
             "caption": self._text(at, "caption"),
             "captions": [item for item in self._json(at, "captions", []) if item["text"]],
             "tags": self._json(at, "tags", []),
-            "split": split_of(source_prompt),
+            "split": split_of(source_of(self._text(at, "inputs")) if stage.recipe == "curate" else source_prompt),
             "parent_ids": [],
             "round": 0,
             "cost": self._json(at, "cost", []),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from pipelines.recipes import prompts, reflow, synthetic, trajectory
+from pipelines.recipes import curate, prompts, reflow, synthetic, trajectory
 
 RECIPES: dict[str, ModuleType] = {
     "synthetic": synthetic,
     "reflow": reflow,
     "trajectory": trajectory,
     "prompts": prompts,
+    "curate": curate,
 }

@@ -82,7 +82,8 @@ def _generate() -> Any:
     from infra.tables import Table
     from pipelines.enumeration import Batches
     from pipelines.recipes import RECIPES
-    from pipelines.run import commit_run_row, expand, open_dataset
+    from pipelines.run import expand, open_dataset
+    from pipelines.run_rows import commit_run_row
     from stages.actor import run_stage
 
     run = _resolve()

@@ -347,7 +347,8 @@ def make_generated(root: Path, spec: dict[str, Any]) -> Path:
     from pipelines.enumeration import Batches
     from pipelines.recipes import RECIPES
     from pipelines.resolve import resolve_spec
-    from pipelines.run import commit_run_row, expand, open_dataset
+    from pipelines.run import expand, open_dataset
+    from pipelines.run_rows import commit_run_row
     from pipelines.spec import parse_spec
     from stages.actor import run_stage
 

@@ -13,10 +13,11 @@ from stages.rubric import load_rubric
 
 REPO = Path(__file__).parents[2]
 EXAMPLES = sorted((REPO / "pipelines" / "examples").glob("*.yaml"))
-OFFLINE = {"quickstart", "images", "reflow"}
+OFFLINE = {"quickstart", "images", "reflow", "curate"}
 DISTILLATION = {"reflow", "accvideo-trajectory", "causvid-ode"}
 IN_A_BUCKET = {"wan-1.3b-cluster"}
 """Whose prompts lie in the reader's own."""
+WITHOUT_PROMPTS = {"curate"}
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +32,11 @@ def example(request: pytest.FixtureRequest) -> tuple[str, Spec]:
 
 def test_examples_are_the_ones_the_docs_name() -> None:
     expected = {"quickstart", "images", "wan-1.3b", "wan-1.3b-cluster", "wan-i2v", "flux"}
-    assert {path.stem for path in EXAMPLES} == expected | DISTILLATION
+    assert {path.stem for path in EXAMPLES} == expected | DISTILLATION | WITHOUT_PROMPTS
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in EXAMPLES if path.stem not in IN_A_BUCKET], ids=lambda path: path.stem
+    "path", [path for path in EXAMPLES if path.stem not in IN_A_BUCKET | WITHOUT_PROMPTS], ids=lambda path: path.stem
 )
 def test_example_reads_all_of_its_prompts(path: Path) -> None:
     records = list(unique_records(load_spec(path)))

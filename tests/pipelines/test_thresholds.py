@@ -23,7 +23,7 @@ from pipelines.operating_point import by_precision, by_share
 from pipelines.report import funnel_steps
 from pipelines.report_data import Snapshot, read_facts
 from pipelines.resolve import Resolved
-from pipelines.run import commit_run_row
+from pipelines.run_rows import commit_run_row
 from pipelines.thresholds import find_thresholds, told
 from stages.rubric import Question
 

@@ -53,7 +53,7 @@ def test_v1_columns_of_samples_are_frozen():
 
 
 def test_v1_lacks_a_table_that_came_later_and_reads_as_empty(v1):
-    assert set(TABLES) - set(EXPECTED["rows"]) == {"embeddings"}
+    assert set(TABLES) - set(EXPECTED["rows"]) == {"embeddings", "sources"}
     assert Table(v1, "embeddings").read().num_rows == 0
 
 

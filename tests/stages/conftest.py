@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,3 +104,96 @@ def tiny_whole(tmp_path_factory: pytest.TempPathFactory) -> str:
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return str(folder)
+
+
+def moving_texture(count: int, height: int = 64, width: int = 96, seed: int = 0, step: int = 2) -> np.ndarray:
+    """Frames uint8 [count, height, width, 3] of a view that moves over coloured noise by `step` pixels a frame."""
+    import cv2
+
+    noise = np.random.default_rng(seed).standard_normal((height, width + step * count, 3))
+    plane = cv2.GaussianBlur(noise, (0, 0), 3)
+    plane = ((plane - plane.min()) / np.ptp(plane) * 255).astype(np.uint8)
+    return np.stack([plane[:, step * at : step * at + width] for at in range(count)])
+
+
+class Footage:
+    """Writes media files into a folder with PyAV; each method returns the path."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    frames = staticmethod(moving_texture)
+
+    def video(
+        self,
+        name: str,
+        frames: np.ndarray,
+        rate: float = 24,
+        codec: str = "libx264",
+        pixel_format: str = "yuv420p",
+        pts: Sequence[int] | None = None,
+        rotate: int = 0,
+        hflip: bool = False,
+        gop: int = 12,
+        options: dict[str, str] | None = None,
+        container: dict[str, str] | None = None,
+        sound: bool = False,
+    ) -> Path:
+        """`frames` [T, H, W, 3 or 4] uint8, or planes of `pixel_format` [T, 3 H / 2, W]; `pts` are milliseconds where the
+        rate is to vary."""
+        import av
+
+        path = self.folder / name
+        with av.open(str(path), "w", options=container or {}) as made:
+            stream = made.add_stream(codec, rate=Fraction(rate).limit_denominator(1001), options=options or {})
+            planes = frames.ndim == 3
+            height = frames.shape[1] * 2 // 3 if planes else frames.shape[1]
+            stream.width, stream.height, stream.pix_fmt = frames.shape[2], height, pixel_format
+            stream.codec_context.gop_size, stream.codec_context.thread_count = gop, 1
+            if rotate or hflip:
+                stream.set_display_rotation(rotate, hflip=hflip)
+            if pts is not None:
+                stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+            voice = made.add_stream("aac", rate=48000, layout="mono") if sound else None
+            for at, pixels in enumerate(frames):
+                layout = pixel_format if planes else {3: "rgb24", 4: "rgba"}[pixels.shape[-1]]
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format=layout)
+                frame.pts = at if pts is None else pts[at]
+                if pts is not None:
+                    frame.time_base = Fraction(1, 1000)
+                made.mux(stream.encode(frame))
+            made.mux(stream.encode())
+            if voice is not None:
+                self._speak(made, voice, len(frames) / rate)
+        return path
+
+    def sound(self, name: str, seconds: float = 1.0, codec: str = "aac") -> Path:
+        import av
+
+        path = self.folder / name
+        with av.open(str(path), "w") as made:
+            self._speak(made, made.add_stream(codec, rate=48000, layout="mono"), seconds)
+        return path
+
+    def image(self, name: str, pixels: np.ndarray, **settings: Any) -> Path:
+        from PIL import Image
+
+        path = self.folder / name
+        Image.fromarray(pixels).save(path, **settings)
+        return path
+
+    @staticmethod
+    def _speak(made: Any, stream: Any, seconds: float) -> None:
+        import av
+
+        tone = np.sin(np.arange(int(48000 * seconds)) * 2 * np.pi * 440 / 48000).astype(np.float32) / 4
+        for start in range(0, len(tone), 1024):
+            frame = av.AudioFrame.from_ndarray(tone[None, start : start + 1024], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 48000, start, Fraction(1, 48000)
+            made.mux(stream.encode(frame))
+        made.mux(stream.encode())
+
+
+@pytest.fixture
+def footage(tmp_path: Path) -> Footage:
+    return Footage(tmp_path)
