@@ -305,3 +305,8 @@ def test_whatever_is_damaged_the_file_is_at_fault_and_nothing_else_is_raised(nam
 
 def codec_of(name: str) -> str:
     return "mpeg4" if name == "a.avi" else "libx264"
+
+
+def test_the_docs_tell_the_outcome_of_each() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "curation.md").read_text(encoding="utf-8")
+    assert [kind for kind, (error_type, _) in REFUSED.items() if f"| {kind} | `{error_type}` |" not in page] == []

@@ -5,6 +5,7 @@ from fractions import Fraction
 from typing import Any
 
 import av
+import fsspec
 import numpy as np
 import pytest
 
@@ -89,6 +90,10 @@ def test_a_file_object_is_read_as_a_path_is(footage: Any) -> None:
     file = io.BytesIO(made.read_bytes())
     assert np.array_equal(read(file, 0, 1), read(made, 0, 1))
     assert np.array_equal(read(file, 0, 1), read(made, 0, 1)), "and once more"
+    with fsspec.open(f"file://{made}", "rb") as opened:
+        assert np.array_equal(read(opened, 0, 1), read(made, 0, 1))
+        assert probe(opened) == probe(made)
+        assert remux(opened, 0, 1) == remux(made, 0, 1)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
