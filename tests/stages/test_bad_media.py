@@ -74,6 +74,7 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Path]]] = {
     "zero bytes": ("empty_file", lambda f: written(f, "none.mp4", b"")),
     "text": ("not_media", lambda f: written(f, "notes.mp4", b"no video, but words\n" * 99)),
     "text that ffmpeg would draw": ("not_media", lambda f: written(f, "notes.txt", b"words\n" * 99)),
+    "a bare stream without a container": ("not_media", lambda f: f.video("a.h264", f.frames(48))),
     "sound alone": ("no_video", lambda f: f.sound("voice.m4a")),
     "sound alone, in wav": ("no_video", lambda f: f.sound("voice.wav", codec="pcm_s16le")),
     "mp4 without its index": ("truncated", lambda f: cut_short(f.video("a.mp4", f.frames(48)))),
