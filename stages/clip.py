@@ -15,7 +15,19 @@ import numpy as np
 from infra.media import mp4_into
 from stages.batch import SampleError
 from stages.crop import Box
-from stages.footage import BLACK, Source, faults, frames_from, open_image, open_video, opened, over, rgb, whole_image
+from stages.footage import (
+    BLACK,
+    Source,
+    faults,
+    frames_from,
+    open_image,
+    open_video,
+    opened,
+    over,
+    rgb,
+    sought,
+    whole_image,
+)
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -187,7 +199,7 @@ def _packets(
 ) -> tuple[list[Packet], list[Packet]]:
     """The packets of the video from the first keyframe at `start` or after it that decode by themselves and are all shown
     before `end`: in decoding order a frame needs none that follows. And those of the sound between the same seconds."""
-    container.seek(int(start / stream.time_base) + (stream.start_time or 0), stream=stream)
+    sought(container, stream, start)
     video: list[Packet] = []
     heard: list[Packet] = []
     done = False
@@ -221,7 +233,7 @@ def _muxed(stream: VideoStream, video: list[Packet], sound: Stream | None, heard
     origin = video[0].pts * stream.time_base
     buffer = io.BytesIO()
     with mp4_into(buffer) as made:
-        copies = {stream.index: made.add_stream_from_template(stream)}
+        copies = {stream.index: made.add_stream_from_template(stream, opaque=True)}
         if sound is not None and heard:
             copies[sound.index] = made.add_stream_from_template(sound)
         for packet in sorted([*video, *heard], key=lambda found: found.dts * found.time_base):

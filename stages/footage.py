@@ -31,8 +31,7 @@ Source = str | Path | BinaryIO
 """A local path, or a binary file that can be read and sought, such as fsspec opens."""
 
 DEMUXERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,ivf,nut,gif,rm,h264,hevc,obu"
-    ",wav,mp3,flac,aac,amr,aiff"
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mxf,ivf,nut,gif,rm,wav,mp3,flac,aac,amr,aiff"
 )
 IMAGES = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")
 """Formats that Pillow reads; of an animated one the first picture. A GIF is a video."""
@@ -156,22 +155,30 @@ def frames_from(
 
     Raises SampleError `corrupt` at a frame that does not decode or that the decoder had to make up.
     """
-    import av.error
-
-    frames = _decoded(container, stream)
-    if start > 0:
-        offset = int(start / stream.time_base) + (stream.start_time or 0)
+    if start > 0 and sought(container, stream, start):
+        frames = _decoded(container, stream)
         try:
-            container.seek(offset, stream=stream)
             first = next(frames, None)
-        except (av.error.FFmpegError, SampleError):  # an index that leads nowhere
+        except SampleError:  # an index that leads nowhere
             first = None
         if first is not None and first[0] <= start:
             yield first
-        else:
+            yield from frames
+            return
+        with faults("going back to the first frame"):
             container.seek(stream.start_time or 0, stream=stream)
-            frames = _decoded(container, stream)
-    yield from frames
+    yield from _decoded(container, stream)
+
+
+def sought(container: InputContainer, stream: VideoStream, seconds: float) -> bool:
+    """Whether the container went to the keyframe before; one that cannot is where it was."""
+    import av.error
+
+    try:
+        container.seek(int(seconds / stream.time_base) + (stream.start_time or 0), stream=stream)
+    except av.error.FFmpegError:
+        return False
+    return True
 
 
 def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[tuple[float, VideoFrame]]:

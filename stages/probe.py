@@ -25,9 +25,6 @@ from stages.footage import (
 )
 
 if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
     from PIL.Image import Image
 
 EXIF_ORIENTATION = 0x0112
@@ -145,9 +142,11 @@ def _video(file: BinaryIO, size: int, limits: Limits) -> Probe:
             raise SampleError("too_large", f"{said:.1f} seconds > {limits.seconds:g}")
         if promised is not None and promised > size:
             raise SampleError("truncated", f"{size} bytes of {promised}")
-        first = _first_frame(container, stream)
+        first = next(frames_from(container, stream), (0.0, None))[1]
+        if first is None:
+            raise SampleError("corrupt", "not one frame decodes")
         _refuse_pixels(first.width, first.height, limits)
-        timing = _walk(container, stream, said)
+        timing = _timing(file, said)
         transposed, rows, columns = orientation(first)
         return Probe(
             kind="video",
@@ -183,15 +182,6 @@ def _degrees(transposed: bool, rows: bool, columns: bool) -> int:
     return {(False, False): 0, (True, True): 90, (False, True): 180, (True, False): 270}[transposed, rows]
 
 
-def _first_frame(container: InputContainer, stream: VideoStream) -> VideoFrame:
-    first = next(frames_from(container, stream), None)
-    if first is None:
-        raise SampleError("corrupt", "not one frame decodes")
-    with faults("going back to the first frame"):
-        container.seek(0)
-    return first[1]
-
-
 @dataclass(frozen=True, slots=True)
 class _Timing:
     frames: int
@@ -201,12 +191,17 @@ class _Timing:
     keyframes: tuple[float, ...]
 
 
-def _walk(container: InputContainer, stream: VideoStream, said: float) -> _Timing:
-    """Reads the packets of all streams. Raises SampleError `corrupt` where one is damaged, or they end long before `said`."""
-    shown, keys, ends = array("q"), array("q"), 0.0
-    longest = 0
-    origin, base = stream.start_time or 0, stream.time_base
-    with faults("reading packets"):
+def _timing(file: BinaryIO, said: float) -> _Timing:
+    """Opens the file anew, as not every kind goes back, and reads its packets.
+
+    Raises SampleError `corrupt` where one is damaged, or they end long before the seconds that the header `said`.
+    """
+    shown, keys = array("q"), array("q")
+    ends, longest = 0.0, 0
+    with open_video(file) as (container, stream), faults("reading packets"):
+        origin, base = stream.start_time or 0, stream.time_base
+        rate = stream.average_rate or Fraction(25)
+        tick = round(1 / (base * rate))
         for packet in container.demux():
             if not packet.size or packet.is_discard:
                 continue
@@ -217,20 +212,22 @@ def _walk(container: InputContainer, stream: VideoStream, said: float) -> _Timin
                 continue
             if packet.is_corrupt:
                 raise SampleError("corrupt", f"packet {len(shown)} of the video is damaged")
-            shown.append(len(shown) if at is None else at)
+            shown.append(len(shown) * tick if at is None else at)
             if packet.is_keyframe:
                 keys.append(shown[-1])
             longest = packet.duration or 0
-    start = (container.start_time or 0) / 1e6
-    if said - (ends - start) > max(1.0, MISSING * said):
-        raise SampleError("corrupt", f"it ends at {ends - start:.1f} s of {said:.1f}")
+        ends -= (container.start_time or 0) / 1e6
+    if said - ends > max(1.0, MISSING * said):
+        raise SampleError("corrupt", f"it ends at {ends:.1f} s of {said:.1f}")
+    if not shown:
+        raise SampleError("corrupt", "not one packet of video")
     times = np.sort(np.asarray(shown, np.int64))
     gaps = np.diff(times)
-    step = int(np.median(gaps)) if len(gaps) else longest or round(1 / (base * (stream.average_rate or 25)))
+    step = int(np.median(gaps)) if len(gaps) else longest or tick
     span = (int(times[-1] - times[0]) + (longest or step)) * base
-    uneven = max(UNEVEN * step, ROUNDING / base)
-    variable = bool(len(gaps)) and bool((np.abs(gaps - step) > uneven).any())
-    rate = stream.average_rate if stream.average_rate and not variable else Fraction(len(times)) / span
+    variable = bool((np.abs(gaps - step) > max(UNEVEN * step, ROUNDING / base)).any())
+    if variable or not stream.average_rate:
+        rate = Fraction(len(times)) / span
     return _Timing(
         frames=len(times),
         seconds=float(span),

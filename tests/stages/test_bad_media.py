@@ -74,6 +74,7 @@ REFUSED: dict[str, tuple[str, Callable[[Any], Path]]] = {
     "zero bytes": ("empty_file", lambda f: written(f, "none.mp4", b"")),
     "text": ("not_media", lambda f: written(f, "notes.mp4", b"no video, but words\n" * 99)),
     "text that ffmpeg would draw": ("not_media", lambda f: written(f, "notes.txt", b"words\n" * 99)),
+    "a bare stream without a container": ("not_media", lambda f: f.video("a.h264", f.frames(48))),
     "sound alone": ("no_video", lambda f: f.sound("voice.m4a")),
     "sound alone, in wav": ("no_video", lambda f: f.sound("voice.wav", codec="pcm_s16le")),
     "mp4 without its index": ("truncated", lambda f: cut_short(f.video("a.mp4", f.frames(48)))),
@@ -305,3 +306,8 @@ def test_whatever_is_damaged_the_file_is_at_fault_and_nothing_else_is_raised(nam
 
 def codec_of(name: str) -> str:
     return "mpeg4" if name == "a.avi" else "libx264"
+
+
+def test_the_docs_tell_the_outcome_of_each() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "curation.md").read_text(encoding="utf-8")
+    assert [kind for kind, (error_type, _) in REFUSED.items() if f"| {kind} | `{error_type}` |" not in page] == []

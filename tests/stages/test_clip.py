@@ -5,6 +5,7 @@ from fractions import Fraction
 from typing import Any
 
 import av
+import fsspec
 import numpy as np
 import pytest
 
@@ -40,6 +41,24 @@ def test_own_frames_of_a_piece_begin_and_end_where_it_does(
 ) -> None:
     made = footage.video(name, numbered(60), **LOSSLESS)
     assert numbers(read(made, start, end)) == list(range(first, last + 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "made_as"),
+    [
+        ("open_group.mp4", {"options": {"qp": "0", "x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=3"}}),
+        ("one_group.mkv", {"gop": 999, **LOSSLESS}),
+        ("a.flv", {"options": {"qp": "0"}}),
+        ("a.webm", {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "crf": "10"}}),
+        ("a.avi", {"codec": "mpeg4", "options": {"b": "8000000"}}),
+        ("a.mpg", {"codec": "mpeg2video", "rate": 25, "options": {"b": "8000000"}}),
+    ],
+)
+def test_a_piece_is_found_in_whatever_can_be_probed(name: str, made_as: dict[str, Any], footage: Any) -> None:
+    made = footage.video(name, numbered(60), **made_as)
+    rate = made_as.get("rate", 24)
+    for first in (12, 17, 31):
+        assert numbers(read(made, first / rate, (first + 9) / rate)) == list(range(first, first + 9))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +108,10 @@ def test_a_file_object_is_read_as_a_path_is(footage: Any) -> None:
     file = io.BytesIO(made.read_bytes())
     assert np.array_equal(read(file, 0, 1), read(made, 0, 1))
     assert np.array_equal(read(file, 0, 1), read(made, 0, 1)), "and once more"
+    with fsspec.open(f"file://{made}", "rb") as opened:
+        assert np.array_equal(read(opened, 0, 1), read(made, 0, 1))
+        assert probe(opened) == probe(made)
+        assert remux(opened, 0, 1) == remux(made, 0, 1)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
