@@ -60,8 +60,8 @@ class ConsistencySection(Section):
 class DistributionSection(Section):
     """The student's own samples are drawn to where its teacher finds more of them than the student makes."""
 
-    critic_learning_rate: float = Field(3e-4, gt=0, description="Of the critic, which learns what the student makes.")
-    critic_updates: int = Field(4, ge=1, description="Of the critic, for each of the student.")
+    critic_learning_rate: float = Field(2e-4, gt=0, description="Of the critic, which learns what the student makes.")
+    critic_updates: int = Field(5, ge=1, description="Of the critic, for each of the student.")
 
 
 class OptimizerSection(Section):

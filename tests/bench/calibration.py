@@ -56,6 +56,7 @@ PLANS = {
     "unguided": replace(USUAL, scheduler="euler", guidance_scale=1.0),
     "guidance 5": replace(USUAL, guidance_scale=5.0),
 }
+STUDENT, FEW = "pack://shapes-4step", SamplerPlan(num_inference_steps=4, guidance_scale=1.0)
 EACH = 8
 OWN, ELSEWHERE, GAIN, LOSS = 0.97, 0.93, 0.7, 5.0
 """To reach: AUROC on the pack's generator and elsewhere, the oracle's gain by the judge's claim, percent of coverage lost."""
@@ -75,6 +76,7 @@ def main() -> None:
     held_out = prompts(options.samples, options.seed, "held_out")
     sources = {"trained": bench.generated(USUAL, trained), "held-out": bench.generated(USUAL, held_out)}
     sources |= {name: bench.generated(plan, trained) for name, plan in PLANS.items()}
+    sources |= {"student": bench.generated(FEW, trained, STUDENT)}
     sources |= {"rendered": bench.rendered(trained), "rendered held-out": bench.rendered(held_out)}
     sources |= {"spoilt": bench.spoilt(trained)}
     many = bench.generated(USUAL, prompts(options.prompts, options.seed, "all", each=EACH))

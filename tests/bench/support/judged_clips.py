@@ -73,9 +73,9 @@ class Bench:
     say: Progress
     model: Path | None = None
 
-    def generated(self, plan: SamplerPlan, asked: Asked) -> JudgedClips:
+    def generated(self, plan: SamplerPlan, asked: Asked, model: str = "pack://shapes") -> JudgedClips:
         """Through the stages of a run; see `pack_parts.make`."""
-        path = resolve("pack://shapes", "generator")
+        path = resolve(model, "generator")
         batches = []
         for start in range(0, len(asked.prompts), BATCH):
             part = slice(start, start + BATCH)
