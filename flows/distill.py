@@ -135,7 +135,7 @@ def told(result: dict[str, Any]) -> str:
     if result["evaluation"]:
         lines += ["  " + line for line in result["evaluation"]["says"].splitlines()]
     else:
-        lines.append("  not evaluated: the release has no samples of split validation, or evaluate.samples is 0")
+        lines.append("  not evaluated: the release has no latents of split validation, or evaluate.samples is 0")
     plan = f"{{num_inference_steps: {result['num_inference_steps']}, guidance_scale: 1}}"
     lines.append(f"  in a spec: generators: [{{model: {result['student']}}}], sampler: {plan}")
     return "\n".join(lines)

@@ -67,6 +67,10 @@ class Job:
     start_sha256: str | None = None
     sampled: dict[str, Any] | None = None
     """Of the samples' plan, as `distill_stream.sampled` says it."""
+    latent_shape: tuple[int, ...] | None = None
+    """What the student makes, where the method learns from texts alone."""
+    media_shape: tuple[int, ...] | None = None
+    """The same of media: height, width, frames."""
 
     @property
     def config(self) -> Distill:
@@ -80,7 +84,8 @@ class Job:
     def wanted(self) -> Wanted:
         plan = (self.teacher_guidance_scale, self.shift, self.text_length)
         negative = self.config.method == "distribution" and self.teacher_guidance_scale > 1
-        return Wanted(self.teacher_sha256, *plan, self.places, self.path_steps, negative, self.sampled)
+        shapes = (self.latent_shape, self.media_shape)
+        return Wanted(self.teacher_sha256, *plan, self.places, self.path_steps, negative, *shapes, self.sampled)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same to go on: where things lie may change, what they are may not."""
@@ -148,12 +153,23 @@ def prepare(storage: Storage, release: str, settings: Distill, out: Path) -> Job
         start_path=start,
         start_sha256=start and content_sha256(start),
         sampled=sampled(row),
+        **_shapes(settings, row, path),
     )
     read([first], job.wanted)  # what the release lacks is told now
     _refuse_other(job, out)
     make_folder("--out", out)
     job.write(out)
     return job
+
+
+def _shapes(settings: Distill, row: Mapping[str, Any], teacher: str) -> dict[str, tuple[int, ...]]:
+    """What a method that learns from texts alone makes."""
+    from models.distill.assemble import latent_shape
+
+    if settings.method != "distribution":
+        return {}
+    media = (row["height"], row["width"], row["num_frames"])
+    return {"latent_shape": stored.latent_shape(row) or latent_shape(teacher, *media), "media_shape": media}
 
 
 def _check_plan(settings: Distill, plan: Mapping[str, Any]) -> None:
@@ -335,6 +351,7 @@ def _licence(card: Path) -> list[str]:
 
 
 def held_out(job: Job) -> list[stored.StoredSample]:
-    """Samples of the split validation, as many as are evaluated."""
-    samples = stored.read_samples(job.source, job.release)
-    return list(islice((one for one in samples if one.row["split"] == HELD_OUT), job.config.evaluate.samples))
+    """Samples of the split validation, as many as are evaluated: none where the release holds texts alone."""
+    samples = (one for one in stored.read_samples(job.source, job.release) if one.row["split"] == HELD_OUT)
+    sampled = (one for one in samples if job.latent_shape is None or one.row["tensors"])
+    return list(islice(sampled, job.config.evaluate.samples))

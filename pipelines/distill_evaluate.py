@@ -54,7 +54,7 @@ def evaluate(job: Job, student: Path, samples: Sequence[StoredSample], num_infer
     """Sample by the code of a run; `samples` are the teacher's, of one shape, at least one."""
     generator = Generator(GeneratorRef(str(student)))
     plan = SamplerPlan(num_inference_steps=num_inference_steps, guidance_scale=1.0, max_sequence_length=job.text_length)
-    wanted = replace(job.wanted, places=None)
+    wanted = replace(job.wanted, places=None, shape=None)
     size = job.config.evaluate.batch_size
     squares, norms, cosines, seconds = [], [], [], []
     readings: dict[str, list[dict[str, bool]]] = {"teacher": [], "student": []}

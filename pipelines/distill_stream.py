@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -43,6 +43,10 @@ class Wanted:
     """Of the teacher, the last place."""
     negative: bool = False
     """Embeddings of negative prompts too."""
+    shape: tuple[int, ...] | None = None
+    """Of latents, where texts alone are read: noise and latents are zeros. None where they are read too."""
+    media: tuple[int, ...] | None = None
+    """Height, width and frames of all rows; None for those that the latents say."""
     sampled: Mapping[str, Any] | None = None
     """What else of the plan makes other samples, as `sampled` says it; None for anything."""
 
@@ -117,7 +121,10 @@ def read(samples: Sequence[StoredSample], wanted: Wanted) -> dict[str, np.ndarra
         check_row(sample.row, wanted)
         path = None if wanted.places is None else sample.trajectory()
         ends = path is not None and path.places[-1] == path.steps
-        one = {"noise": sample.noise(), "latents": path.states[-1] if path and ends else sample.latents()}
+        if wanted.shape is None:
+            one = {"noise": sample.noise(), "latents": path.states[-1] if path and ends else sample.latents()}
+        else:
+            one = dict.fromkeys(("noise", "latents"), np.zeros(wanted.shape, np.float32))
         one["prompt_embeds"] = padded(sample.text()["prompt_embeds"], wanted.text_length)
         if wanted.negative:
             one["negative_embeds"] = padded(sample.negative_text()["prompt_embeds"], wanted.text_length)
@@ -144,6 +151,9 @@ def check_row(row: Mapping[str, Any], wanted: Wanted) -> None:
     if row["adapters"] or plan.get("teacher"):
         also = "a teacher's first steps (teacher_steps)" if plan.get("teacher") else "adapters"
         raise UserError(f"{who} was sampled with {also}; a student has one teacher: make a release of samples without")
+    media = (row["height"], row["width"], row["num_frames"])
+    if wanted.media not in (None, media):
+        raise UserError(f"{who} is of {_by(media)}, others of {_by(wanted.media)}; make a release of one shape")
     asked = {"guidance_scale": wanted.guidance_scale, "shift": wanted.shift, "max_sequence_length": wanted.text_length}
     found = {name: plan.get(name) for name in asked} | {"guidance_scale": row["guidance_scale"]}
     if wanted.sampled is not None:
@@ -154,6 +164,10 @@ def check_row(row: Mapping[str, Any], wanted: Wanted) -> None:
             f"{who} was sampled with {found}, others with {asked}; a student learns one of them: make a release of one"
             " plan, --where \"plan_id = '...'\""
         )
+
+
+def _by(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 @lru_cache(maxsize=256)

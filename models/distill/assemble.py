@@ -34,6 +34,16 @@ def check_teacher(path: str) -> None:
         )
 
 
+def latent_shape(path: str, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
+    """Channels, frames, height and width of the teacher's latents of media of this shape."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    channels = WanTransformer3DModel.load_config(path, subfolder="transformer")["in_channels"]
+    vae = AutoencoderKLWan.load_config(path, subfolder="vae")
+    temporal, spatial = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+    return channels, (num_frames - 1) // temporal + 1, height // spatial, width // spatial
+
+
 def load_transformer(path: str, *, gradient_checkpointing: bool = False) -> Any:
     """The teacher's denoiser in float32, to begin with."""
     from diffusers import WanTransformer3DModel

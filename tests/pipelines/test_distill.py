@@ -20,6 +20,7 @@ import pytest
 from flows.distill import run_distill, told
 from infra.errors import UserError
 from infra.storage import Storage
+from models.distill.assemble import latent_shape
 from models.source import content_sha256
 from pipelines import distill, distill_stream, release
 from pipelines import samples as stored
@@ -358,6 +359,36 @@ def _matches_distributions(teacher: Storage, start: Path, out: Path) -> None:
     before, after = (load_file(folder / "weights" / "average.safetensors") for folder in (start, out))
     assert any((before[name] != value).any() for name, value in after.items())
     assert max(abs(before[name] - value).max() for name, value in after.items()) < 0.05  # and not the teacher's, moved
+
+
+def test_prompts_are_all_that_matching_distributions_needs(
+    generate_from: Callable[..., Path], tiny_pack: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    made = Storage(
+        str(
+            generate_from(
+                recipe="prompts",
+                judge={"backend": "none"},
+                caption=None,
+                output={"keep_rejected": "none"},
+                sampler={"num_inference_steps": 4, "guidance_scale": 3.0},
+            )
+        )
+    )
+    release.release(made, "v1")
+    asked: dict[str, Any] = {"method": "distribution", "num_inference_steps": 2, "steps": 1}
+    job = prepare(made, "v1", settings(**asked), tmp_path / "student")
+    assert job.latent_shape == made_up.SHAPE == latent_shape(str(tiny_pack / "generator"), 32, 32, 5)
+    batch = read(list(stored.read_samples(made, "v1"))[:2], job.wanted)
+    assert batch["latents"].shape == (2, *made_up.SHAPE) and not batch["noise"].any()
+    assert train(job, tmp_path / "student", 60.0) == 1
+    assert publish(job, tmp_path / "student", 1) is None  # nothing to compare with
+    with pytest.raises(UserError, match=r"latents are not stored|has no latents"):
+        prepare(made, "v1", settings(method="reflow"), tmp_path / "other")
+    tall = {**next(stored.read_samples(made, "v1")).row, "height": 64}
+    with pytest.raises(UserError, match="is of 64x32x5, others of 32x32x5"):
+        distill_stream.check_row(tall, job.wanted)
 
 
 def test_ends_of_a_path_need_not_be_kept() -> None:
