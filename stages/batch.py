@@ -112,6 +112,11 @@ def texts(values: list[str]) -> np.ndarray:
     return column
 
 
+def column(batch: Batch, name: str) -> np.ndarray:
+    """A copy of a text column, to be changed; empty texts where the batch has none."""
+    return batch[name].copy() if name in batch else texts([""] * size(batch))
+
+
 def jsons(values: list[Any]) -> np.ndarray:
     """A column of nested values, as JSON."""
     return texts([json.dumps(value, ensure_ascii=False) for value in values])

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from stages.batch import Batch, SampleError, jsons, load_json, size, texts
+from stages.batch import Batch, SampleError, column, jsons, load_json, size, texts
 
 MEASURED = ("sharpness", "brightness", "motion", "flicker", "static")
 """Names of the scores, in the order in which a row has them; a judge's follow."""
@@ -76,10 +76,10 @@ class ScoreMedia:
         self.load()
         n = size(batch)
         out = dict(batch)
-        error_type, error = _column(batch, "error_type", n), _column(batch, "error", n)
-        scores = load_json(_column(batch, "scores", n))
+        error_type, error = column(batch, "error_type"), column(batch, "error")
+        scores = load_json(column(batch, "scores"))
         reasons: list[list[str]] = [[] for _ in range(n)]
-        extra = [json.loads(value) if value else {} for value in _column(batch, "extra", n)]
+        extra = [json.loads(value) if value else {} for value in column(batch, "extra")]
         kept: list[_Seen] = []
         for row in range(n):
             try:
@@ -204,7 +204,3 @@ def _motion(luma: list[np.ndarray]) -> float:
         across, along = flow[..., 0].astype(np.float64), flow[..., 1].astype(np.float64)
         lengths.append(np.sqrt(across * across + along * along).mean())
     return float(np.mean(lengths)) / scale
-
-
-def _column(batch: Batch, name: str, n: int) -> np.ndarray:
-    return batch[name].copy() if name in batch else texts([""] * n)

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from stages.batch import Batch, SampleError, jsons, load_json, size, texts
+from stages.batch import Batch, SampleError, column, jsons, load_json, size, texts
 
 MEASURED = ("flatness", "entropy", "luminance", "text_area", "duplicate_frames", "frozen")
 """Names of the scores, in the order in which a row has them."""
@@ -76,8 +76,8 @@ class ScoreTexture:
     def __call__(self, batch: Batch) -> Batch:
         self.load()
         n = size(batch)
-        error_type, error = _column(batch, "error_type", n), _column(batch, "error", n)
-        scores, reasons = load_json(_column(batch, "scores", n)), load_json(_column(batch, "reasons", n))
+        error_type, error = column(batch, "error_type"), column(batch, "error")
+        scores, reasons = load_json(column(batch, "scores")), load_json(column(batch, "reasons"))
         for row in range(n):
             try:
                 measured = measure_texture(batch["frames"][row])
@@ -234,7 +234,3 @@ def _repeats(frames: np.ndarray) -> dict[str, float]:
         "duplicate_frames": float(np.mean(equal)),
         "frozen": (longest + 1) / len(frames) if longest else 0.0,
     }
-
-
-def _column(batch: Batch, name: str, n: int) -> np.ndarray:
-    return batch[name].copy() if name in batch else texts([""] * n)
